@@ -1,0 +1,1 @@
+"""Device jobs, one module each."""

@@ -1,0 +1,1 @@
+"""The aggregator: the intake, the journal and the stores of the control room."""

@@ -1,0 +1,1 @@
+"""What both sides share; the jobs of users import from here."""
