@@ -1,0 +1,51 @@
+# Everything a newcomer, a developer and the build server type. Needs python3 (with venv) and make, nothing else:
+# the first target that is called makes .venv and installs EdgeDAQ into it, versions pinned by constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# make demo: how long (0: until Ctrl-C) and where the files land.
+SECONDS ?= 20
+OUT ?= out
+# make bench: how often each measurement is repeated; the table shows the median.
+REPEATS ?= 5
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make .venv and install EdgeDAQ into it, editable
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[agent,aggregator,test]'
+	touch $(STAMP)
+
+demo: $(STAMP) ## aggregator and agent on this machine, SECONDS=20 (0: until Ctrl-C), files under OUT=out
+	$(BIN)/edgedaq-aggregator demo --seconds '$(SECONDS)' --out '$(OUT)'
+
+test: $(STAMP) ## everything that proves it works; the tests that kill processes run last and alone
+	$(BIN)/python -m pytest -n 2 -m 'not kills'
+	$(BIN)/python -m pytest -m kills
+
+check: $(STAMP) ## format, lint, types, layers, dependencies, dead code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry common agent aggregator
+	$(BIN)/vulture
+
+bench: $(STAMP) ## throughput and latency end to end, beside the bare disk in the same run
+	$(BIN)/python benchmarks/end_to_end.py --repeats '$(REPEATS)'
+
+clean: ## remove what make and the tools made; never data
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""What ``agent.toml`` may say.
+
+::
+
+    supervisor_id = "hall-b-pi3"            # the node's name; required
+    aggregator = "tcp://127.0.0.1:7770"
+    forward = ["store"]                     # topics that leave the node
+    state_dir = "/var/lib/edgedaq"          # the spool; relative paths begin at the directory of this file
+    runtime_dir = "/run/edgedaq"            # shared memory and sockets; on tmpfs
+    ring_bytes = "256 MiB"                  # shared memory of all jobs together, at most
+
+    [lanes.data]
+    spool_after = "200 ms"                  # what is not acknowledged by then goes to disk
+    limit = "10 GiB"                        # of the spool
+    reserve = "1 GiB"                       # of the disk, left free
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from edgedaq.config import Bytes, Verbosity
+from edgedaq.endpoint import check_endpoint
+from edgedaq.main_config import LanesOptions
+from edgedaq.names import check_name, check_topic
+
+__all__ = ["FILE_NAME", "AgentConfig"]
+
+FILE_NAME = "agent.toml"
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``agent.toml``. What is not given for directories is chosen by ``app``."""
+
+    supervisor_id: str
+    aggregator: str = "tcp://127.0.0.1:7770"
+    forward: tuple[str, ...] = ("store",)
+    state_dir: str = ""
+    runtime_dir: str = ""
+    ring_bytes: Annotated[Bytes, msgspec.Meta(gt=0)] | None = None
+    verbosity: Verbosity = "INFO"
+    lanes: LanesOptions = msgspec.field(default_factory=LanesOptions)
+
+    def __post_init__(self) -> None:
+        check_name("supervisor_id", self.supervisor_id)
+        check_endpoint("aggregator", self.aggregator)
+        for topic in self.forward:
+            check_topic(topic)

@@ -1,0 +1,68 @@
+"""What ``aggregator.toml`` may say.
+
+::
+
+    supervisor_id = "aggregator"
+    listen = "tcp://127.0.0.1:7770"
+    out_dir = "/srv/daq"                    # stored data; relative paths begin at the directory of this file
+    state_dir = "/var/lib/edgedaq"          # the journal, and what stores know of their files
+    runtime_dir = "/run/edgedaq"            # sockets; on tmpfs
+
+    [journal]
+    segment = "64 MiB"
+    limit = "20 GiB"
+    reserve = "1 GiB"                       # of the disk, left free
+    keep = "256 MiB"                        # kept after all stores have it, for stores that come later
+
+    [lanes.data]                            # of the uplink that jobs of the aggregator itself have
+    spool_after = "200 ms"
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from edgedaq.config import Bytes, Verbosity
+from edgedaq.endpoint import check_endpoint
+from edgedaq.errors import ConfigError
+from edgedaq.main_config import LanesOptions
+from edgedaq.names import check_name
+
+__all__ = ["FILE_NAME", "AggregatorConfig", "JournalOptions"]
+
+FILE_NAME = "aggregator.toml"
+_SEGMENT_MIN = 16 << 20
+
+
+class JournalOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[journal]``; ``limit`` and ``reserve`` fit the disk where they are not given."""
+
+    segment: Annotated[Bytes, msgspec.Meta(ge=_SEGMENT_MIN, le=4 << 30)] = 64 << 20
+    limit: Annotated[Bytes, msgspec.Meta(gt=0)] | None = None
+    reserve: Bytes | None = None
+    keep: Bytes = 256 << 20
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 4 * self.segment:
+            message = f"limit must be at least four segments ({4 * self.segment} bytes), got {self.limit}"
+            raise ConfigError(message)
+
+
+class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``aggregator.toml``. What is not given for directories is chosen by ``app``."""
+
+    supervisor_id: str = ""
+    listen: str = ""
+    out_dir: str = ""
+    state_dir: str = ""
+    runtime_dir: str = ""
+    verbosity: Verbosity = "INFO"
+    journal: JournalOptions = msgspec.field(default_factory=JournalOptions)
+    lanes: LanesOptions = msgspec.field(default_factory=LanesOptions)
+
+    def __post_init__(self) -> None:
+        if self.supervisor_id:
+            check_name("supervisor_id", self.supervisor_id)
+        if self.listen:
+            check_endpoint("listen", self.listen)

@@ -1,0 +1,104 @@
+"""One file that a store appends to, and what of it the next commit covers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import xxhash
+
+from edgedaq.storage import Storage, write_all
+from edgedaq_aggregator.stores.commits import FileMark
+
+__all__ = ["Buffer", "Compressor", "DataFile"]
+
+FLUSH_BYTES = 1 << 20
+IOV_MAX = 512
+
+Buffer = bytes | bytearray | memoryview
+Compressor = Callable[[bytes], bytes]
+
+
+class DataFile:
+    """One open file.
+
+    ``replaces`` is the name that an overwriting file gets at its first commit, else None. ``pins`` counts the
+    commits under way that still need the descriptor.
+
+    Args:
+        size: Bytes that it is known to hold; the next append goes there.
+        header: xxh3-64 of its first line, 0 for none.
+        compress: Makes one compressed frame of all that is appended between two commits.
+    """
+
+    def __init__(
+        self, path: Path, name: str, fd: int, *, size: int, header: int, owner: int, compress: Compressor | None
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.fd = fd
+        self.size = size
+        self.header = header
+        self.owner = owner
+        self.replaces: Path | None = None
+        self.is_fresh = False
+        self.is_checked = False
+        self.is_gone = False
+        self.pins = 0
+        self.last_used = 0
+        self._compress = compress
+        self._start = size
+        self._hash = xxhash.xxh3_64()
+        self._buffers: list[Buffer] = []
+        self._buffered = 0
+
+    @property
+    def is_dirty(self) -> bool:
+        """It was appended to since the last mark."""
+        return self.size > self._start or self._buffered > 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing was ever written to it."""
+        return not self.size and not self._buffered
+
+    def append(self, buffers: Sequence[Buffer], storage: Storage) -> None:
+        """Append buffers; the caller leaves them as they are until ``flush``.
+
+        Raises:
+            OSError: The file must be recovered before it is used again.
+        """
+        self._buffers.extend(buffers)
+        self._buffered += sum(map(len, buffers))
+        if self._buffered >= FLUSH_BYTES and self._compress is None:
+            self.flush(storage)
+
+    def flush(self, storage: Storage) -> None:
+        """Write what was appended; not durable.
+
+        Raises:
+            OSError: The file must be recovered before it is used again.
+        """
+        if not self._buffered:
+            return
+        buffers, self._buffers, self._buffered = self._buffers, [], 0
+        if self._compress is not None:
+            buffers = [self._compress(b"".join(buffers))]
+        for start in range(0, len(buffers), IOV_MAX):
+            part = buffers[start : start + IOV_MAX]
+            write_all(storage, self.fd, part, self.size)
+            for buffer in part:
+                self._hash.update(buffer)
+                self.size += len(buffer)
+
+    def restart(self) -> None:
+        """Count from ``size`` on what the next commit covers."""
+        self._start = self.size
+        self._hash = xxhash.xxh3_64()
+
+    def mark(self) -> FileMark:
+        """Return what a commit is to record now; what follows belongs to the next one."""
+        found = FileMark(self.size, self._start, self._hash.intdigest(), self.header, self.owner)
+        self.restart()
+        self.is_checked = False
+        return found

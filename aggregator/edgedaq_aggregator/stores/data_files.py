@@ -1,0 +1,379 @@
+"""The files that a file store appends to, and which name rows go to.
+
+A data file belongs to one process (flock) and is only ever appended to, at the length that this process knows.
+Whoever else touches it does so at any time, so before the first append after each commit it is compared with what
+is known, and:
+
+============================ =======================================================================
+moved away or deleted        a warning; it is complete as it is, rows go on in a new file of its name
+longer than written          a warning; it is left alone (sealed), rows go on in ``name.2.csv``
+shorter than written         an error that says what is lost; renamed to ``name.csv.1.bad``, then as if moved away
+============================ =======================================================================
+
+Recovery cuts a file that is longer than its commit record back to it, after checking that the bytes of the last
+commit are those that were recorded; where they are not, it is another file, and is left alone. After an orderly
+end nothing is cut: what is longer was made so by someone else.
+
+Names: ``<out_dir>/<node>/<parents>/<date>_<stem>.<n><suffix>``. Directories are made; a symbolic link below
+``out_dir`` is never followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path, PurePosixPath
+
+import structlog
+import xxhash
+
+from edgedaq.clock import utc_date
+from edgedaq.errors import ConfigError, StoreError
+from edgedaq.names import check_name
+from edgedaq.storage import Storage
+from edgedaq.store_config import check_file_path
+from edgedaq_aggregator.stores.commits import FileMark
+from edgedaq_aggregator.stores.data_file import Compressor, DataFile
+
+__all__ = ["DataFiles", "PathRefusedError"]
+
+OPEN_FILES_MAX = 256
+_NUMBERS_MAX = 1000
+_CHECK_BYTES = 1 << 22
+_REFUSALS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EILSEQ)
+
+
+class PathRefusedError(Exception):
+    """Rows cannot go where their stream asks; they go to ``_refused/`` instead."""
+
+
+class DataFiles:
+    """All data files of one store.
+
+    Args:
+        out_dir: Made if it is absent; may itself be a symbolic link.
+        marks: What is committed, by path below ``out_dir``; changed here as files are sealed or forgotten.
+    """
+
+    def __init__(self, out_dir: Path, marks: dict[str, FileMark], storage: Storage) -> None:
+        self._out_dir = out_dir
+        self._storage = storage
+        self._marks = marks
+        self._changes: dict[str, FileMark | None] = {}
+        self._open: dict[str, DataFile] = {}
+        self._new_directories: set[Path] = set()
+        self._clock = 0
+        self._log = structlog.get_logger().bind(out_dir=str(out_dir))
+
+    def recover(self, *, is_clean: bool, is_damaged: bool) -> None:
+        """Make every file what its mark says, or put it aside."""
+        for name, mark in list(self._marks.items()):
+            path = self._out_dir / name
+            if mark.sealed:
+                continue
+            if is_damaged:
+                self._seal(name, "the commit records are damaged")
+            elif mark.owner:
+                self._recover_owned(name, path, mark)
+            elif path.is_symlink() or not path.exists():
+                self._log.warning("file.moved", path=name, committed_bytes=mark.end)
+                self._forget(name)
+            elif path.stat().st_size < mark.end:
+                self._quarantine(name, path, mark.end, path.stat().st_size)
+            elif path.stat().st_size > mark.end:
+                self._cut(name, path, mark, is_clean=is_clean)
+
+    def locate(
+        self,
+        node: str,
+        file_path: str,
+        *,
+        date_ns: int | None = None,
+        suffix: str = "",
+        header: bytes = b"",
+        compress: Compressor | None = None,
+        owner: int = 0,
+    ) -> DataFile:
+        """Return the file that rows go to, open, and still the one that is known.
+
+        Args:
+            date_ns: A UTC time whose date prefixes the name; None: no date.
+            suffix: Added at the end unless it is there, e.g. ``.zst``.
+            header: First line of the file; other columns go to another file. Empty: none.
+            owner: The stream that the file is to hold alone, replacing an older file; 0: shared.
+
+        Raises:
+            PathRefusedError: There is no file to be had there, now or later.
+            OSError: There may be later.
+        """
+        directory, base = self._resolve(node, file_path)
+        if date_ns is not None:
+            base = f"{utc_date(date_ns)}_{base}"
+        if suffix and not base.endswith(suffix):
+            base += suffix
+        digest = xxhash.xxh3_64_intdigest(header) if header else 0
+        if owner:
+            return self._own(directory, base, digest, compress, owner)
+        for number in range(1, _NUMBERS_MAX):
+            file = self._candidate(directory, _numbered(base, number, suffix), header, digest, compress)
+            if file is not None:
+                if number > 1 and file.is_empty:
+                    self._log.warning("file.numbered", path=file.name, reason="another holds the plain name")
+                return file
+        message = f"{node}: {file_path}: all of {_NUMBERS_MAX} numbers are taken"
+        raise PathRefusedError(message)
+
+    def is_usable(self, file: DataFile) -> bool:
+        """Tell whether a file that was located may be appended to; if not, ``locate`` finds where to go on."""
+        if file.is_checked:
+            return True
+        if file.is_gone:
+            return False
+        if file.replaces is not None or self._is_known(file):
+            self._clock += 1
+            file.is_checked, file.last_used = True, self._clock
+            return True
+        return False
+
+    def changes(self) -> tuple[dict[str, FileMark | None], list[DataFile], set[Path]]:
+        """Flush everything and return what the next commit records: marks, files to sync, directories to sync."""
+        dirty = [file for file in self._open.values() if file.is_dirty or file.is_fresh]
+        for file in dirty:
+            file.flush(self._storage)
+        changes, self._changes = self._changes, {}
+        for file in dirty:
+            changes[file.name] = file.mark()
+            file.is_fresh = False
+            file.pins += 1
+        self._marks.update({name: mark for name, mark in changes.items() if mark is not None})
+        directories, self._new_directories = self._new_directories, set()
+        return changes, dirty, directories
+
+    def dirty_files(self) -> list[DataFile]:
+        """Return the files that were appended to since the last commit."""
+        return [file for file in self._open.values() if file.is_dirty]
+
+    def trim(self) -> None:
+        """Close the files used longest ago beyond ``OPEN_FILES_MAX``."""
+        if len(self._open) <= OPEN_FILES_MAX:
+            return
+        idle = [file for file in self._open.values() if not file.pins and not file.is_dirty]
+        idle.sort(key=lambda file: file.last_used)
+        for file in idle[: len(self._open) - OPEN_FILES_MAX]:
+            self._drop(file)
+
+    def close(self) -> None:
+        """Close all files as they are."""
+        for file in list(self._open.values()):
+            self._drop(file)
+
+    def _resolve(self, node: str, file_path: str) -> tuple[Path, str]:
+        try:
+            parts = PurePosixPath(check_name("node", node), check_file_path(file_path)).parts
+        except ConfigError as e:
+            raise PathRefusedError(str(e)) from e
+        directory = self._out_dir
+        directory.mkdir(parents=True, exist_ok=True)
+        for part in parts[:-1]:
+            parent, directory = directory, directory / part
+            try:
+                directory.mkdir()
+                self._new_directories.add(parent)
+            except FileExistsError:
+                if directory.is_symlink() or not directory.is_dir():
+                    message = f"{directory} is not a directory of its own"
+                    raise PathRefusedError(message) from None
+        return directory, parts[-1]
+
+    def _candidate(
+        self, directory: Path, base: str, header: bytes, digest: int, compress: Compressor | None
+    ) -> DataFile | None:
+        path = directory / base
+        name = str(path.relative_to(self._out_dir))
+        file = self._open.get(name)
+        if file is not None and self.is_usable(file):
+            return file if file.header == digest and not file.owner else None
+        mark = self._marks.get(name)
+        if mark is not None and (mark.sealed or mark.header != digest or mark.owner):
+            return None
+        if mark is not None and not path.exists():
+            self._log.warning("file.moved", path=name, committed_bytes=mark.end)
+            self._forget(name)
+            mark = None
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            return None
+        file = self._open_file(path, name, digest, compress)
+        if file is None:
+            return None
+        if mark is not None:
+            found, file.size = file.size, mark.end
+            file.restart()
+            if found == mark.end or self._is_known(file):
+                return file
+            return self._candidate(directory, base, header, digest, compress)
+        if file.size and not self._is_adoptable(file, header):
+            self._drop(file)
+            return None
+        if file.size:
+            self._log.info("file.adopted", path=name, found_bytes=file.size)
+        file.is_fresh = True
+        return file
+
+    def _open_file(
+        self, path: Path, name: str, digest: int, compress: Compressor | None, owner: int = 0
+    ) -> DataFile | None:
+        is_new = not path.exists()
+        try:
+            fd = self._storage.lock(path)
+        except BlockingIOError:
+            return None
+        except OSError as e:
+            if e.errno in _REFUSALS:
+                message = f"{name}: {e.strerror}"
+                raise PathRefusedError(message) from e
+            raise
+        size = self._storage.size(fd)
+        file = DataFile(path, name, fd, size=size, header=digest, owner=owner, compress=compress)
+        self._clock += 1
+        file.last_used = self._clock
+        self._open[name] = file
+        if is_new:
+            self._new_directories.add(path.parent)
+        return file
+
+    def _own(
+        self, directory: Path, base: str, digest: int, compress: Compressor | None, owner: int
+    ) -> DataFile:
+        """Return the file of one stream: the one that it has, or a new one that will replace what is there."""
+        path = directory / base
+        name = str(path.relative_to(self._out_dir))
+        file = self._open.get(name)
+        if file is not None and file.owner == owner and self.is_usable(file):
+            return file
+        if file is not None:
+            self._drop(file)
+        if path.is_symlink() or path.is_dir():
+            message = f"{name} is not a file"
+            raise PathRefusedError(message)
+        mark = self._marks.get(name)
+        if mark is not None and mark.owner == owner and mark.header == digest and path.exists():
+            found = self._open_file(path, name, digest, compress, owner)
+            if found is not None and found.size == mark.end and self._holds(found.fd, mark):
+                return found
+            if found is not None:
+                self._drop(found)
+        file = self._open_file(directory / f".{base}.new", name, digest, compress, owner)
+        if file is None:
+            message = f"{name} is being replaced by another process"
+            raise StoreError(message)
+        self._storage.truncate(file.fd, 0)
+        file.size = 0
+        file.restart()
+        file.replaces, file.is_fresh = path, True
+        return file
+
+    def _is_known(self, file: DataFile) -> bool:
+        """Compare an open file with what was written; put it aside where someone changed it."""
+        if not self._storage.is_at(file.fd, file.path):
+            self._log.warning("file.moved", path=file.name, committed_bytes=file.size)
+            self._forget(file.name)
+        elif (found := self._storage.size(file.fd)) > file.size:
+            self._seal(file.name, f"someone else appended {found - file.size} bytes")
+        elif found < file.size:
+            self._quarantine(file.name, file.path, file.size, found)
+        else:
+            return True
+        self._drop(file)
+        return False
+
+    def _is_adoptable(self, file: DataFile, header: bytes) -> bool:
+        """Tell whether a file without a mark can be continued: the same first line, and a whole last one."""
+        if not header:
+            return True
+        first = self._storage.pread(file.fd, len(header), 0)
+        return first == header and self._storage.pread(file.fd, 1, file.size - 1) == b"\n"
+
+    def _cut(self, name: str, path: Path, mark: FileMark, *, is_clean: bool) -> None:
+        try:
+            fd = self._storage.lock(path)
+        except BlockingIOError:
+            self._seal(name, "another process has it")
+            return
+        try:
+            size = self._storage.size(fd)
+            if is_clean or not self._holds(fd, mark):
+                self._seal(name, f"someone else changed it, {size - mark.end} bytes are not ours")
+                return
+            self._storage.truncate(fd, mark.end)
+            self._log.info("file.cut", path=name, cut_bytes=size - mark.end)
+        finally:
+            self._storage.close(fd)
+
+    def _recover_owned(self, name: str, path: Path, mark: FileMark) -> None:
+        """A replacing file may have got its name without a record: then its stream comes again, and replaces it."""
+        if path.is_symlink() or not path.exists():
+            self._forget(name)
+            return
+        fd = self._storage.open(path, write=True)
+        try:
+            if self._storage.size(fd) >= mark.end and self._holds(fd, mark):
+                self._storage.truncate(fd, mark.end)
+            else:
+                self._forget(name)
+        finally:
+            self._storage.close(fd)
+
+    def _holds(self, fd: int, mark: FileMark) -> bool:
+        digest = xxhash.xxh3_64()
+        for at in range(mark.start, mark.end, _CHECK_BYTES):
+            digest.update(self._storage.pread(fd, min(_CHECK_BYTES, mark.end - at), at))
+        return digest.intdigest() == mark.digest
+
+    def _seal(self, name: str, reason: str) -> None:
+        mark = self._marks.get(name, FileMark(0))._replace(sealed=True)
+        self._marks[name] = self._changes[name] = mark
+        self._log.warning("file.sealed", path=name, reason=reason)
+
+    def _forget(self, name: str) -> None:
+        self._marks.pop(name, None)
+        self._changes[name] = None
+
+    def _quarantine(self, name: str, path: Path, expected: int, found: int) -> None:
+        self._forget(name)
+        for number in range(1, _NUMBERS_MAX):
+            aside = path.with_name(f"{path.name}.{number}.bad")
+            if not aside.exists():
+                self._storage.rename(path, aside)
+                self._new_directories.add(path.parent)
+                self._log.error(
+                    "file.shortened",
+                    path=name,
+                    lost_bytes=expected - found,
+                    first_lost_byte=found,
+                    moved_to=aside.name,
+                )
+                return
+
+    def _drop(self, file: DataFile) -> None:
+        file.is_gone, file.is_checked = True, False
+        if self._open.get(file.name) is file:
+            del self._open[file.name]
+        if file.fd >= 0 and not file.pins:
+            self._storage.close(file.fd)
+            file.fd = -1
+
+    def unpin(self, file: DataFile) -> None:
+        """Tell that a commit is through with a file."""
+        file.pins -= 1
+        if file.is_gone and not file.pins and file.fd >= 0:
+            self._storage.close(file.fd)
+            file.fd = -1
+
+
+def _numbered(base: str, number: int, suffix: str) -> str:
+    if number == 1:
+        return base
+    stem = base[: -len(suffix)] if suffix else base
+    found = re.match(r"(.+)(\.[^.]+)\Z", stem)
+    numbered = f"{found[1]}.{number}{found[2]}" if found else f"{stem}.{number}"
+    return numbered + suffix

@@ -1,0 +1,78 @@
+"""Marks: what is stored about data rather than data.
+
+They go to ``<out_dir>/<node>/_marks.csv`` (those of the CSV store) or ``_marks.<key>.csv`` (those of another: one
+file has one writer), in the same commit as the data that they stand between::
+
+    time        ISO 8601 UTC of the data before it, empty when there is none
+    node, job, life, stream, tag
+    kind        gap | lost | close | start | stop | refused
+    first_seq, last_seq    the frames it speaks of
+    rows        how many rows are missing (gap, lost, refused); empty: nobody knows
+    reason      text
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from edgedaq.clock import iso_utc
+from edgedaq.open_info import OpenInfo
+from edgedaq.store_config import MARKS_FILE
+
+__all__ = ["MARKS_HEADER", "Mark", "mark_line", "marks_file"]
+
+_COLUMNS = (
+    "time",
+    "node",
+    "job",
+    "life",
+    "stream",
+    "tag",
+    "kind",
+    "first_seq",
+    "last_seq",
+    "rows",
+    "reason",
+)
+MARKS_HEADER = (",".join(_COLUMNS) + "\n").encode()
+
+
+class Mark(NamedTuple):
+    """One mark; ``rows`` is None when nobody knows."""
+
+    info: OpenInfo
+    stream: int
+    kind: str
+    t_utc_ns: int
+    first_seq: int
+    last_seq: int
+    rows: int | None = None
+    reason: str = ""
+
+
+def marks_file(key: str) -> str:
+    """Return the name of the file that a store's marks go to."""
+    return MARKS_FILE if key == "csv" else MARKS_FILE.replace(".csv", f".{key}.csv")
+
+
+def mark_line(mark: Mark) -> bytes:
+    """Return a mark as a line of CSV."""
+    info = mark.info
+    values = (
+        iso_utc(mark.t_utc_ns),
+        info.node,
+        info.job,
+        info.life,
+        f"{mark.stream:016x}",
+        info.tag,
+        mark.kind,
+        str(mark.first_seq),
+        str(mark.last_seq),
+        "" if mark.rows is None else str(mark.rows),
+        mark.reason,
+    )
+    return (",".join(map(_field, values)) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _field(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if any(char in text for char in ',"\r\n') else text

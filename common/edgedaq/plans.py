@@ -1,0 +1,141 @@
+"""From checked files to what a supervisor runs: one ``WorkerPlan`` for each worker.
+
+Agent and aggregator share this, because an aggregator may have device jobs of its own (``standalone`` is
+nothing else): they reach its intake through an uplink like those of any node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgedaq.clock import boot_id
+from edgedaq.config import DAQJobConfig, RingOptions
+from edgedaq.config_dir import JobFile
+from edgedaq.policy import Policy
+from edgedaq.supervisor import DEVICES, STORES, UPLINK
+from edgedaq.worker import WorkerSpec
+from edgedaq.worker_process import WorkerPlan
+
+__all__ = ["UPLINK_TARGET", "Place", "job_plan", "part_plan", "uplink_plan"]
+
+UPLINK_TARGET = "edgedaq_agent.uplink:Uplink"
+_STORE_STOP_LIMIT_S = 5.0
+_UPLINK_STOP_LIMIT_S = 6.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where workers run: what all of one supervisor have in common.
+
+    Args:
+        forward: Topics that leave the node; empty where there is no uplink.
+    """
+
+    node: str
+    config_dir: Path
+    runtime_dir: Path
+    state_dir: Path
+    out_dir: Path
+    forward: Sequence[str] = ()
+    verbosity: str = "INFO"
+
+    def spec(
+        self,
+        unique_id: str,
+        job_type: str,
+        target: str,
+        config: Mapping[str, Any],
+        *,
+        config_file: str,
+        verbosity: str,
+        ring: RingOptions,
+    ) -> dict[str, Any]:
+        """Return a worker's first message."""
+        spec = WorkerSpec(
+            unique_id=unique_id,
+            job_type=job_type,
+            target=target,
+            config=dict(config),
+            config_file=config_file,
+            node=self.node,
+            boot=boot_id(),
+            runtime_dir=str(self.runtime_dir),
+            state_dir=str(self.state_dir),
+            out_dir=str(self.out_dir),
+            verbosity=verbosity,
+            forward=list(self.forward),
+            ring=msgspec.to_builtins(ring),
+            extra={},
+        )
+        return dict(msgspec.to_builtins(spec))
+
+
+def job_plan(file: JobFile, place: Place) -> WorkerPlan:
+    """Return the plan of a device job or a store; one with problems is FAILED from the start."""
+    group = STORES if file.is_store else DEVICES
+    config = file.config
+    if config is None:
+        problem = "; ".join(file.problems)
+        return WorkerPlan(file.unique_id, file.job_type, group, Policy(), {}, problem)
+    spec = place.spec(
+        file.unique_id,
+        file.job_type,
+        file.target,
+        msgspec.to_builtins(config),
+        config_file=str(file.path),
+        verbosity=config.verbosity,
+        ring=config.ring,
+    )
+    return WorkerPlan(file.unique_id, file.job_type, group, _policy(config, is_store=file.is_store), spec)
+
+
+def part_plan(
+    unique_id: str,
+    target: str,
+    group: int,
+    config: Mapping[str, Any],
+    place: Place,
+    *,
+    config_file: Path,
+    stop_limit_s: float,
+) -> WorkerPlan:
+    """Return the plan of a worker that every agent or aggregator has of itself: it is always started again."""
+    job_type = target.partition(":")[2]
+    spec = place.spec(
+        unique_id,
+        job_type,
+        target,
+        {"daq_job_type": job_type, "daq_job_unique_id": unique_id, **config},
+        config_file=str(config_file),
+        verbosity=place.verbosity,
+        ring=RingOptions(),
+    )
+    policy = Policy(restart="always", backoff_initial_s=0.2, backoff_max_s=10.0, stop_limit_s=stop_limit_s)
+    return WorkerPlan(unique_id, job_type, group, policy, spec)
+
+
+def uplink_plan(config: Mapping[str, Any], place: Place, *, config_file: Path) -> WorkerPlan:
+    """Return the plan of the uplink."""
+    return part_plan(
+        "uplink",
+        UPLINK_TARGET,
+        UPLINK,
+        config,
+        place,
+        config_file=config_file,
+        stop_limit_s=_UPLINK_STOP_LIMIT_S,
+    )
+
+
+def _policy(config: DAQJobConfig, *, is_store: bool) -> Policy:
+    policy = Policy.of(config)
+    if not is_store:
+        return policy
+    # A store never has finished, and what it was given last takes longer to commit than a device to close.
+    limit_s = max(policy.stop_limit_s, _STORE_STOP_LIMIT_S)
+    return Policy.of(msgspec.structs.replace(config, restart="always", stop_limit=limit_s))

@@ -1,0 +1,367 @@
+"""What a log is after a crash: which records it has, where they end, what was lost; nothing is invented.
+
+Recovery reads the segments from a checkpoint to the end and keeps every valid record:
+
+- A hole with valid records behind it stays where it is; its bytes are copied to ``<segment>.<position>.bad``.
+  Readers explain it to whoever follows (``segment_reader.py``), and the table does the same here.
+- What follows the last valid record is cut: never acknowledged, or damaged beyond proof.
+- Between these lies a hole behind the last SYNCED record: nobody was told that it was durable, so a power cut
+  may have taken it and left what was written after it. A log whose sender offers again what was not
+  acknowledged (``resends``: the journal) is cut there, or the data would be declared lost while the sender
+  still has it. A log that is the only copy (a spool: the rings did not survive either) keeps the rest.
+
+A segment is continued only if its last record says that all before it was durable (an orderly end).
+Otherwise it is truncated to its end, and the next one begins behind all that it could have held, so that no
+position is ever used twice. Damage never raises; an unwritable disk is reported, not raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgedaq.delivery import StreamTable
+from edgedaq.errors import WireError
+from edgedaq.segment_file import SegmentFile, list_segments
+from edgedaq.segment_format import Control, Hole, Record, RecordKind, file_name, open_map
+from edgedaq.segment_gaps import Explainer
+from edgedaq.segment_pool import FREE_SUFFIX, FreeFile
+from edgedaq.segment_reader import find_open
+from edgedaq.storage import Storage, write_all
+
+__all__ = ["FoundSegment", "Recovered", "RecoveryReport", "recover"]
+
+SCAN_BYTES = 4 << 30
+"""How much of a log is verified at start, newest first; damage further back is found by whoever reads it."""
+
+BAD_BYTES_MAX = 256 << 20
+"""How much damaged data is kept for a human; what comes then is reported only."""
+
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class RecoveryReport:
+    """What recovery found, for the log of events and for alarms.
+
+    ``holes`` are those within the kept records; ``cut_bytes`` counts what was taken off the end, valid records
+    that a cut at a hole took (``cut_records``) included. ``problems`` are sentences for a human.
+    """
+
+    kept_records: int = 0
+    holes: list[Hole] = field(default_factory=list)
+    cut_bytes: int = 0
+    cut_records: int = 0
+    unknown_count: int = 0
+    bad_files: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class FoundSegment:
+    """A segment that is part of the log; ``end`` is where its records end."""
+
+    first: int
+    size: int
+    salt: int
+    begin: int
+    end: int
+
+
+@dataclass(slots=True)
+class Recovered:
+    """A log as it was found; ``may_continue`` says whether its last segment takes more records."""
+
+    segments: list[FoundSegment]
+    free: list[FreeFile]
+    table: StreamTable
+    cursor: dict[str, object]
+    may_continue: bool
+    next_first: int
+    report: RecoveryReport
+
+
+@dataclass(slots=True)
+class _Scan:
+    """One pass over the segments: its result up to ``cut``, or to the end."""
+
+    table: StreamTable = field(default_factory=StreamTable)
+    cursor: dict[str, object] = field(default_factory=dict)
+    records: int = 0
+    unknown_count: int = 0
+    holes: list[Hole] = field(default_factory=list)
+    proven: int = 0
+    ends: dict[int, int] = field(default_factory=dict)
+    is_clean: bool = False
+
+
+def recover(
+    storage: Storage, directory: Path, *, resends: bool, segment_bytes: int, scan_bytes: int = SCAN_BYTES
+) -> Recovered:
+    """Find out what a log holds, and put its end in order.
+
+    The caller holds the log's lock. The directory exists.
+
+    Args:
+        resends: Whether whoever appends offers again what was never reported durable; see above.
+        segment_bytes: The usual size of a segment.
+        scan_bytes: How much to verify.
+
+    Raises:
+        OSError: The directory cannot be read.
+    """
+    report = RecoveryReport()
+    free = _find_free(storage, directory)
+    files = _open_all(storage, directory, free, report)
+    try:
+        return _recover(storage, directory, files, free, report, resends, segment_bytes, scan_bytes)
+    finally:
+        for file in files:
+            file.close()
+
+
+def _recover(
+    storage: Storage,
+    directory: Path,
+    files: list[SegmentFile],
+    free: list[FreeFile],
+    report: RecoveryReport,
+    resends: bool,  # noqa: FBT001
+    segment_bytes: int,
+    scan_bytes: int,
+) -> Recovered:
+    start = _start_of_scan(files, scan_bytes)
+    scan = _scan(storage, directory, files, start, None)
+    unproven = [hole for hole in scan.holes if hole.last > max(scan.proven, hole.first)]
+    if resends and unproven:
+        whole = scan
+        cut = unproven[0].first
+        scan = _scan(storage, directory, files, start, cut)
+        report.cut_records = whole.records - scan.records
+        kept = [file for file in files if file.first < cut]
+        for file in files[len(kept) :]:
+            report.cut_bytes += max(0, whole.ends.get(file.first, file.begin) - file.begin)
+            _set_aside(storage, file, report)
+        del files[len(kept) :]
+        if files:
+            end = whole.ends.get(files[-1].first, cut)
+            report.cut_bytes += max(0, end - cut)
+            _quarantine(storage, files[-1], Hole(cut, end, "cut"), report)
+    report.kept_records = scan.records
+    report.unknown_count = scan.unknown_count
+    report.holes = scan.holes
+    for hole in scan.holes:
+        for file in files:
+            if file.first <= hole.first < file.first + file.size and hole.reason == "damaged":
+                _quarantine(storage, file, hole, report)
+    segments = [
+        FoundSegment(
+            file.first, file.size, file.salt, file.begin, scan.ends.get(file.first, _known_end(files, at))
+        )
+        for at, file in enumerate(files)
+    ]
+    next_first = 0
+    may_continue = scan.is_clean
+    if segments:
+        last = segments[-1]
+        next_first = last.first + max(last.size, segment_bytes)
+        if not may_continue:
+            report.cut_bytes += _tail_bytes(files[-1], last.end)
+            _truncate(storage, directory, last, report)
+    return Recovered(segments, free, scan.table, scan.cursor, may_continue, next_first, report)
+
+
+def _find_free(storage: Storage, directory: Path) -> list[FreeFile]:
+    found: list[FreeFile] = []
+    for name in storage.names(directory):
+        if name.endswith(FREE_SUFFIX):
+            fd = storage.open(directory / name)
+            found.append(FreeFile(directory / name, storage.size(fd)))
+            storage.close(fd)
+    return found
+
+
+def _open_all(
+    storage: Storage, directory: Path, free: list[FreeFile], report: RecoveryReport
+) -> list[SegmentFile]:
+    """Open the segments in order; files that are none any more go to the free ones."""
+    files: list[SegmentFile] = []
+    for first in list_segments(storage, directory):
+        try:
+            file = SegmentFile(storage, directory, first)
+        except OSError as e:
+            report.problems.append(f"{directory / file_name(first)}: cannot be opened: {e}")
+            continue
+        if file.foreign is not None:
+            # Recycled, and the renaming lost by a power cut: whatever lay before it had been trimmed too.
+            for unused in [*files, file]:
+                free.append(FreeFile(unused.path, unused.size))
+                unused.close()
+            files.clear()
+        elif not file.salt:
+            report.problems.append(f"{file.path}: no header and no records")
+            _set_aside(storage, file, report)
+        else:
+            files.append(file)
+    return files
+
+
+def _start_of_scan(files: list[SegmentFile], scan_bytes: int) -> int:
+    start, seen = len(files), 0
+    while start > 0 and (seen < scan_bytes or files[start].checkpoint() is None):
+        start -= 1
+        seen += files[start].size
+    return start
+
+
+def _known_end(files: list[SegmentFile], at: int) -> int:
+    """Return where a segment says, through the next one's header, that it ends."""
+    following = files[at + 1].header if at + 1 < len(files) else None
+    if following is not None and following.previous == files[at].first:
+        return following.previous_end
+    return files[at].first + files[at].size
+
+
+def _scan(
+    storage: Storage, directory: Path, files: list[SegmentFile], start: int, cut: int | None
+) -> _Scan:
+    """Read the segments from ``start`` on, up to ``cut`` when there is one."""
+    scan = _Scan()
+    explainer: Explainer | None = None
+    for at in range(start, len(files)):
+        file = files[at]
+        if cut is not None and file.first >= cut:
+            break
+        checkpoint = file.checkpoint()
+        if explainer is None:
+            if checkpoint is not None:
+                scan.table, scan.cursor = checkpoint
+            first = file.first
+            explainer = Explainer(scan.table, lambda s, first=first: find_open(storage, directory, first, s))  # type: ignore[misc]
+        elif checkpoint is not None:
+            explainer.arrive(checkpoint[0])
+        if file.header is not None:
+            scan.proven = max(scan.proven, file.header.durable)
+            if at > start and file.header.previous != files[at - 1].first:
+                scan.holes.append(Hole(scan.ends[files[at - 1].first], file.begin, "missing"))
+        _scan_file(file, files, at, cut, scan, explainer)
+    if explainer is not None:
+        scan.unknown_count = explainer.unknown_count
+    return scan
+
+
+def _scan_file(
+    file: SegmentFile, files: list[SegmentFile], at: int, cut: int | None, scan: _Scan, explainer: Explainer
+) -> None:
+    following = files[at + 1].header if at + 1 < len(files) else None
+    trusted = following is not None and following.previous == file.first
+    limit = following.previous_end if trusted and following else file.first + file.size
+    if cut is not None and cut <= limit:
+        limit, trusted = cut, True
+    end = file.begin
+    scan.is_clean = False
+    for entry in file.walk(file.begin, limit, trusted=trusted):
+        if isinstance(entry, Hole):
+            scan.holes.append(entry)
+            end = entry.last
+            scan.is_clean = False
+            continue
+        end = entry.end
+        if isinstance(entry, Record):
+            scan.records += 1
+            scan.is_clean = False
+            explainer.explain(entry.frame)
+        else:
+            _take_control(entry, scan)
+    scan.ends[file.first] = end
+
+
+def _take_control(entry: Control, scan: _Scan) -> None:
+    scan.is_clean = False
+    if entry.kind == RecordKind.SYNCED and len(entry.payload) >= 8:
+        durable = int.from_bytes(entry.payload[:8], "little")
+        scan.proven = max(scan.proven, durable)
+        scan.is_clean = durable == entry.position
+    elif entry.kind == RecordKind.CURSOR:
+        with contextlib.suppress(WireError):
+            scan.cursor = open_map(entry.payload)
+
+
+def _tail_bytes(file: SegmentFile, end: int) -> int:
+    """Return how many bytes behind the end bear the salt of this use: a torn or damaged record."""
+    needle = file.salt.to_bytes(8, "little")
+    position, last = end, end
+    while position < file.first + file.size:
+        data = bytes(file.read(position, _COPY_BYTES))
+        at = data.rfind(needle)
+        if at >= 8:
+            last = position + at + 16
+        if len(data) < _COPY_BYTES:
+            break
+        position += _COPY_BYTES - 16
+    return last - end
+
+
+def _truncate(storage: Storage, directory: Path, last: FoundSegment, report: RecoveryReport) -> None:
+    size = last.end - last.first
+    if size >= last.size:
+        return
+    try:
+        fd = storage.open(directory / file_name(last.first), write=True)
+        try:
+            storage.truncate(fd, size)
+            storage.fdatasync(fd)
+        finally:
+            storage.close(fd)
+        last.size = size
+    except OSError as e:
+        report.problems.append(f"{directory / file_name(last.first)}: cannot be cut: {e}")
+
+
+def _set_aside(storage: Storage, file: SegmentFile, report: RecoveryReport) -> None:
+    """Take a whole file out of the log, kept for a human."""
+    target = file.path.with_name(file.path.name + ".bad")
+    file.close()
+    try:
+        storage.rename(file.path, target)
+        report.bad_files.append(target)
+    except OSError as e:
+        report.problems.append(f"{file.path}: cannot be set aside: {e}")
+
+
+def _quarantine(storage: Storage, file: SegmentFile, hole: Hole, report: RecoveryReport) -> None:
+    """Copy the bytes of a hole for a human; once."""
+    directory = file.path.parent
+    target = directory / f"{file.path.name}.{hole.first:016x}.bad"
+    if target.name in storage.names(directory):
+        return
+    if _bad_bytes(storage, directory) + hole.last - hole.first > BAD_BYTES_MAX:
+        report.problems.append(f"{target}: not written, {BAD_BYTES_MAX} bytes of damaged data are kept already")
+        return
+    try:
+        fd = storage.open(target, write=True, create=True)
+        try:
+            position = hole.first
+            while position < hole.last:
+                data = file.read(position, min(_COPY_BYTES, hole.last - position))
+                if not data:
+                    break
+                write_all(storage, fd, [data], position - hole.first)
+                position += len(data)
+            storage.fdatasync(fd)
+        finally:
+            storage.close(fd)
+        report.bad_files.append(target)
+    except OSError as e:
+        report.problems.append(f"{target}: cannot be written: {e}")
+
+
+def _bad_bytes(storage: Storage, directory: Path) -> int:
+    total = 0
+    for name in storage.names(directory):
+        if name.endswith(".bad"):
+            fd = storage.open(directory / name)
+            total += storage.size(fd)
+            storage.close(fd)
+    return total

@@ -1,0 +1,210 @@
+"""The control messages of a session: msgpack maps with a ``type``, checked into typed models.
+
+::
+
+    uplink                                   intake
+      │ HELLO ─────────────────────────────────► │  node, protocol range, lanes
+      │ ◄───────────────────────── WELCOME/REJECT│  limits, first credit  /  code, words, when to try again
+      │ DATA, DATA, ... ───────────────────────► │  as far as the credit goes
+      │ ◄─────────────────────────────────── ACK │  durable up to, may be sent up to
+      │ ◄── RESEND, REFUSED, UNKNOWN, AHEAD ──── │  the intake stands still at `position`; go back to it
+      │ PING ──────────────────────────────────► │  every second, with the clock offset found so far
+      │ ◄────────────────────────────────── PONG │  with both UTC times of the intake
+      │ REPORT ────────────────────────────────► │  statistics of the node; newest wins, may be lost
+      │ BYE ◄──────────────────────────────────► │  why the session ends
+
+What a side does about each is in ``session.py`` of the agent and ``sessions.py`` of the aggregator. Unknown keys of a
+map are ignored, so that a newer minor version may add some; an unknown ``type`` is a ``WireError``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from edgedaq.errors import WireError
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "Ack",
+    "Ahead",
+    "Bye",
+    "FromIntake",
+    "FromUplink",
+    "Hello",
+    "Ping",
+    "Pong",
+    "Refused",
+    "Reject",
+    "Report",
+    "Resend",
+    "Unknown",
+    "Welcome",
+    "decode_from_intake",
+    "decode_from_uplink",
+    "encode_message",
+]
+
+PROTOCOL_VERSION = 1
+"""Changes when an old peer could misunderstand; HELLO offers a range, WELCOME names the one that is used."""
+
+U64 = Annotated[int, msgspec.Meta(ge=0)]
+"""msgpack itself bounds it above."""
+Lane = Annotated[int, msgspec.Meta(ge=0, le=255)]
+Word = Annotated[str, msgspec.Meta(max_length=64)]
+Text = Annotated[str, msgspec.Meta(max_length=1000)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.upper):
+    """One level above all of them; ``type`` is the class's name in capitals."""
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """An uplink asks for a session; ``instance`` is random per process, so that two of one node are told apart."""
+
+    protocol_min: U64
+    protocol_max: U64
+    version: Word
+    node: Word
+    boot: Word
+    instance: Word
+    lanes: Annotated[list[Word], msgspec.Meta(min_length=1, max_length=16)]
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """The session is open; ``credit`` holds for each lane."""
+
+    protocol: U64
+    version: Word
+    credit: U64
+    max_frame_bytes: U64
+    max_part_bytes: U64
+    t_utc_ns: U64
+
+
+class Reject(Message, frozen=True, kw_only=True):
+    """No session; ``text`` is for a human, and trying again before ``retry_after_s`` is useless."""
+
+    code: Word
+    text: Text
+    retry_after_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
+
+
+class Ack(Message, frozen=True, kw_only=True):
+    """All before ``durable`` is fsynced in the journal; what ends at or before ``credit`` may be sent."""
+
+    lane: Lane
+    durable: U64
+    credit: U64
+
+
+class Resend(Message, frozen=True, kw_only=True):
+    """A part was damaged in transport."""
+
+    lane: Lane
+    position: U64
+    text: Text = ""
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """A frame is refused for what it is; it is to be replaced by a GAP (an OPEN: the whole stream is dropped)."""
+
+    lane: Lane
+    position: U64
+    stream: U64
+    seq: U64
+    code: Word
+    text: Text = ""
+
+
+class Unknown(Message, frozen=True, kw_only=True):
+    """A frame's stream has no OPEN here; send that first."""
+
+    lane: Lane
+    position: U64
+    stream: U64
+
+
+class Ahead(Message, frozen=True, kw_only=True):
+    """Frames are missing before ``seq``: send them, or a GAP from ``expected`` to ``seq - 1``.
+
+    ``rows`` is how many are missing by the rows' own count, None when that does not add up.
+    """
+
+    lane: Lane
+    position: U64
+    stream: U64
+    expected: U64
+    seq: U64
+    rows: U64 | None = None
+
+
+class Ping(Message, frozen=True, kw_only=True):
+    """Times are the sender's; the offset is aggregator minus node, None while not measured."""
+
+    t_mono_ns: U64
+    t_utc_ns: int
+    offset_ns: int | None = None
+    error_ns: int | None = None
+
+
+class Pong(Message, frozen=True, kw_only=True):
+    """The PING's times again, and UTC at the intake when it came and when this went."""
+
+    t_mono_ns: U64
+    t_utc_ns: int
+    received_utc_ns: int
+    sent_utc_ns: int
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """A ``NodeReport`` as its map; checked by who merges it."""
+
+    report: dict[str, Any]
+
+
+class Bye(Message, frozen=True, kw_only=True):
+    """The sender has ended the session, and why."""
+
+    code: Word
+    text: Text = ""
+
+
+FromUplink = Hello | Ping | Report | Bye
+FromIntake = Welcome | Reject | Ack | Resend | Refused | Unknown | Ahead | Pong | Bye
+
+_ENCODER = msgspec.msgpack.Encoder()
+_FROM_UPLINK: msgspec.msgpack.Decoder[FromUplink] = msgspec.msgpack.Decoder(FromUplink)
+_FROM_INTAKE: msgspec.msgpack.Decoder[FromIntake] = msgspec.msgpack.Decoder(FromIntake)
+
+
+def encode_message(message: Message) -> bytes:
+    """Return a control message as the one part that it is on the wire."""
+    return _ENCODER.encode(message)
+
+
+def decode_from_uplink(part: bytes) -> FromUplink:
+    """Return what an uplink said.
+
+    Raises:
+        WireError: It is none of an uplink's messages, or a value is outside its limits.
+    """
+    try:
+        return _FROM_UPLINK.decode(part)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        message = f"not a message of an uplink: {e}"
+        raise WireError(message) from e
+
+
+def decode_from_intake(part: bytes) -> FromIntake:
+    """Return what an intake said.
+
+    Raises:
+        WireError: It is none of an intake's messages, or a value is outside its limits.
+    """
+    try:
+        return _FROM_INTAKE.decode(part)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        message = f"not a message of an intake: {e}"
+        raise WireError(message) from e

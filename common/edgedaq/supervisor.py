@@ -1,0 +1,301 @@
+"""The supervisor: starts, watches, restarts and stops the workers of one agent or aggregator.
+
+One loop, one thread. It sleeps in ``poll`` on the workers' links, the command socket and the signals, and
+decides nothing itself: ``lifecycle`` decides what happens to a worker, ``stats`` counts what it did.
+
+A stop (SIGTERM, SIGINT, SIGHUP or the command) ends the workers group by group, each group when the earlier
+one has ended: ``DEVICES``, ``UPLINK``, ``INTAKE``, ``STORES``; so what a device put is in the spool, what the
+uplink sent is in the journal, and what the journal has can still be stored. The whole takes at most
+``STOP_TOTAL_S``, unless a job's own ``stop_limit`` is longer than usual. If the supervisor itself is killed,
+its workers see the end of their links and end in order by themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from edgedaq import lifecycle
+from edgedaq.clock import boot_id, mono_ns, utc_ns
+from edgedaq.control import ControlServer
+from edgedaq.lifecycle import State
+from edgedaq.logsetup import get_logger
+from edgedaq.notify import Notifier
+from edgedaq.signal_wakeup import arrived, signal_wakeup
+from edgedaq.stats import NodeReport, WindowedRate
+from edgedaq.worker_process import WorkerPlan, WorkerProcess, worker_environment
+
+__all__ = ["DEVICES", "INTAKE", "STORES", "UPLINK", "Supervisor", "SupervisorSetup"]
+
+DEVICES, UPLINK, INTAKE, STORES = range(4)
+"""Groups of workers, in the order in which they are stopped."""
+
+STOP_TOTAL_S = 9.0
+_STOP_RESERVE_S = 1.0
+_STOP_USUAL_S = 3.0
+_REPORT_NS = 1_000_000_000
+_POLL_MAX_MS = 250
+_LEAVE_S = 9.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _ignore_report(_: NodeReport) -> None:
+    """Take a report and do nothing with it."""
+
+
+def _ignore_message(_: str, __: dict[str, Any]) -> None:
+    """Take a worker's message and do nothing with it."""
+
+
+@dataclass(frozen=True)
+class SupervisorSetup:
+    """What one supervisor runs.
+
+    Args:
+        node: The supervisor's id.
+        role: ``agent``, ``aggregator`` or ``standalone``; for logs and ``status``.
+        runtime_dir: Prepared, and locked by this process.
+        plans: The workers, in the order of ``status``.
+        on_report: Called once a second with the account of all workers. Must not block.
+        on_message: Called with (unique id, message) for each message of a worker that is not about its life.
+        facts: Added to ``status``: plain data, asked for at each request.
+    """
+
+    node: str
+    role: str
+    version: str
+    runtime_dir: Path
+    plans: Sequence[WorkerPlan]
+    on_report: Callable[[NodeReport], None] = _ignore_report
+    on_message: Callable[[str, dict[str, Any]], None] = _ignore_message
+    facts: Callable[[], Mapping[str, Any]] = field(default=dict)
+
+
+class Supervisor:
+    """Runs the workers of a setup until it is told to stop."""
+
+    def __init__(self, setup: SupervisorSetup) -> None:
+        self._setup = setup
+        self._log = get_logger(node=setup.node)
+        self._boot = boot_id()
+        self._life = f"{secrets.randbits(64) or 1:016x}"
+        self._begun_ns = mono_ns()
+        self._stop_ns = 0
+        self._stopping: list[int] = []
+        self._report_due_ns = 0
+        self._is_ready = False
+        self._notifier = Notifier()
+        environment = worker_environment()
+        self._workers = {
+            plan.unique_id: WorkerProcess(
+                plan,
+                rings_dir=setup.runtime_dir / "rings",
+                environment=environment,
+                on_message=setup.on_message,
+                logger=self._log,
+            )
+            for plan in setup.plans
+        }
+        self._rates = {unique_id: _Rates() for unique_id in self._workers}
+
+    def send(self, unique_id: str, message: dict[str, Any]) -> bool:
+        """Send a message to a worker; False if it is not there or did not take it. Never blocks."""
+        worker = self._workers.get(unique_id)
+        return worker is not None and worker.send(message)
+
+    def stop(self, reason: str) -> None:
+        """Begin to stop everything in order; ``run`` returns when that is done. May be called again."""
+        if self._stop_ns:
+            self._log.info("supervisor.stopping", reason=f"{reason}, is stopping already")
+            return
+        self._stop_ns = mono_ns()
+        self._stopping = sorted({worker.plan.group for worker in self._workers.values()})
+        self._notifier.stopping()
+        self._log.info("supervisor.stopping", reason=reason)
+        self._stop_groups()
+
+    def run(self) -> int:
+        """Run until stopped, in the main thread, which has the signals. Returns the exit status."""
+        setup = self._setup
+        self._log.info("supervisor.started", role=setup.role, pid=os.getpid(), version=setup.version)
+        handlers = {"status": lambda _: self.status(), "stop": self._stop_command}
+        with signal_wakeup(STOP_SIGNALS) as wakeup, zmq.Context() as context:
+            control = ControlServer(setup.runtime_dir, handlers, context)
+            try:
+                for worker in self._workers.values():
+                    worker.handle(lifecycle.Start())
+                while not (self._stop_ns and not self._stopping):
+                    self._turn(wakeup, control)
+                self._report()
+            finally:
+                control.close()
+                self._leave()
+        killed = [worker.plan.unique_id for worker in self._workers.values() if worker.child.has_process]
+        self._log.info("supervisor.ended", unkillable=killed or None)
+        return 1 if killed else 0
+
+    def _turn(self, wakeup: socket.socket, control: ControlServer) -> None:
+        poller = zmq.Poller()
+        poller.register(wakeup.fileno(), zmq.POLLIN)
+        poller.register(control.socket, zmq.POLLIN)
+        for worker in self._workers.values():
+            if worker.link is not None:
+                flags = zmq.POLLIN | (zmq.POLLOUT if worker.link.has_pending else 0)
+                poller.register(worker.link.fileno(), flags)
+        poller.poll(self._wait_ms())
+        for number in arrived(wakeup):
+            if number in STOP_SIGNALS:
+                self.stop(signal.Signals(number).name)
+        control.service()
+        now_ns = mono_ns()
+        for worker in self._workers.values():
+            worker.service()
+            worker.reap()
+            worker.tick(now_ns)
+        if self._stop_ns:
+            self._stop_groups()
+        if now_ns >= self._report_due_ns:
+            self._report_due_ns = max(self._report_due_ns + _REPORT_NS, now_ns + _REPORT_NS // 2)
+            self._report()
+        self._notifier.ping()
+
+    def _wait_ms(self) -> int:
+        now_ns = mono_ns()
+        due = [self._report_due_ns]
+        due += [worker.child.due_ns for worker in self._workers.values() if worker.child.due_ns is not None]
+        return max(0, min((min(due) - now_ns) // 1_000_000 + 1, _POLL_MAX_MS))
+
+    def _stop_groups(self) -> None:
+        """Ask the current group to stop; go on to the next once nobody in it is left."""
+        while self._stopping:
+            group = self._stopping[0]
+            members = [worker for worker in self._workers.values() if worker.plan.group == group]
+            limit_s = self._stop_limit_s(members)
+            for worker in members:
+                if worker.child.is_wanted:
+                    worker.handle(lifecycle.Stop(limit_s))
+            if any(worker.is_alive for worker in members):
+                return
+            self._stopping.pop(0)
+
+    def _stop_limit_s(self, members: Iterable[WorkerProcess]) -> float:
+        """Return how long a group may take: what is left of the whole, less a second for each later group."""
+        left_s = STOP_TOTAL_S - (mono_ns() - self._stop_ns) / 1e9
+        share_s = max(left_s - _STOP_RESERVE_S * (len(self._stopping) - 1), _STOP_RESERVE_S)
+        if self._stopping[0] == DEVICES:
+            longest_s = max((worker.plan.policy.stop_limit_s for worker in members), default=0.0)
+            if longest_s > _STOP_USUAL_S:
+                return longest_s
+        return share_s
+
+    def _stop_command(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        self.stop("command")
+        return {"pid": os.getpid()}
+
+    def _report(self) -> None:
+        setup = self._setup
+        now_ns = mono_ns()
+        report = NodeReport(
+            node=setup.node,
+            version=setup.version,
+            boot=self._boot,
+            t_utc_ns=utc_ns(),
+            t_mono_ns=now_ns,
+            jobs=[worker.report() for worker in self._workers.values()],
+            life=self._life,
+        )
+        for job in report.jobs:
+            self._rates[job.job].take(job.total(), now_ns)
+        setup.on_report(report)
+        self._tell_service_manager()
+
+    def _tell_service_manager(self) -> None:
+        states = {unique_id: worker.child.state for unique_id, worker in self._workers.items()}
+        if not self._is_ready and State.STARTING not in states.values():
+            self._is_ready = True
+            self._notifier.ready()
+            self._log.info("supervisor.ready", jobs_count=len(states))
+        running = sum(state in (State.RUNNING, State.BLOCKED) for state in states.values())
+        text = f"{running} of {len(states)} jobs run"
+        for state in (State.BLOCKED, State.BACKOFF, State.FAILED):
+            names = [unique_id for unique_id, held in states.items() if held is state]
+            if names:
+                text += f"; {state}: {', '.join(names)}"
+        self._notifier.status("stopping" if self._stop_ns else text)
+
+    def status(self) -> dict[str, Any]:
+        """Return all that is known, as plain data."""
+        setup = self._setup
+        now_ns = mono_ns()
+        return {
+            "role": setup.role,
+            "node": setup.node,
+            "version": setup.version,
+            "pid": os.getpid(),
+            "life": self._life,
+            "t_utc_ns": utc_ns(),
+            "uptime_s": (now_ns - self._begun_ns) / 1e9,
+            "is_stopping": bool(self._stop_ns),
+            "runtime_dir": str(setup.runtime_dir),
+            "jobs": [self._job_status(worker, now_ns) for worker in self._workers.values()],
+            **setup.facts(),
+        }
+
+    def _job_status(self, worker: WorkerProcess, now_ns: int) -> dict[str, Any]:
+        child, report = worker.child, worker.report()
+        total = report.total()
+        return {
+            "unique_id": worker.plan.unique_id,
+            "job_type": worker.plan.job_type,
+            "group": ("device", "uplink", "intake", "store")[worker.plan.group],
+            "state": str(child.state),
+            "state_for_s": (now_ns - child.since_ns) / 1e9 if child.since_ns else None,
+            "reason": child.reason,
+            "pid": worker.pid if child.has_process else None,
+            "restart_count": report.restart_count,
+            "last_restart_ns": report.last_restart_ns,
+            "total": total.to_map() if total is not None else None,
+            "rates": self._rates[worker.plan.unique_id].per_s(),
+        }
+
+    def _leave(self) -> None:
+        """End what still runs: only after an error in this process, for a stop has ended all before."""
+        alive = [worker for worker in self._workers.values() if worker.is_alive]
+        for worker in alive:
+            worker.close()
+        deadline_ns = mono_ns() + int(_LEAVE_S * 1e9)
+        while alive and mono_ns() < deadline_ns:
+            alive = [worker for worker in alive if not worker.reap()]
+            with contextlib.suppress(InterruptedError):
+                zmq.select([], [], [], 0.02)
+        for worker in self._workers.values():
+            worker.close()
+
+
+class _Rates:
+    """How fast the counts of one job grow."""
+
+    def __init__(self) -> None:
+        self._held = {
+            name: WindowedRate()
+            for name in ("in_count", "in_bytes", "out_count", "out_bytes", "dropped_count")
+        }
+
+    def take(self, total: Any, now_ns: int) -> None:
+        """Note the counts of a snapshot, if there is one."""
+        if total is not None:
+            for name, rate in self._held.items():
+                rate.add(getattr(total, name), now_ns)
+
+    def per_s(self) -> dict[str, float | None]:
+        """Return the growth of each per second."""
+        return {f"{name}_per_s": rate.per_s() for name, rate in self._held.items()}
