@@ -44,7 +44,7 @@ check: $(STAMP) ## format, lint, types, layers, dependencies, dead code
 	$(BIN)/vulture
 
 bench: $(STAMP) ## throughput and latency end to end, beside the bare disk in the same run
-	$(BIN)/python benchmarks/end_to_end.py --repeats '$(REPEATS)'
+	$(BIN)/python -m benchmarks.end_to_end --repeats '$(REPEATS)'
 
 clean: ## remove what make and the tools made; never data
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

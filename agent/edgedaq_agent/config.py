@@ -21,9 +21,9 @@ from typing import Annotated
 
 import msgspec
 from edgedaq.config import Bytes, Verbosity
-from edgedaq.endpoint import check_endpoint
 from edgedaq.main_config import LanesOptions
 from edgedaq.names import check_name, check_topic
+from edgedaq.transport import check_address
 
 __all__ = ["FILE_NAME", "AgentConfig"]
 
@@ -44,6 +44,6 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         check_name("supervisor_id", self.supervisor_id)
-        check_endpoint("aggregator", self.aggregator)
+        check_address("aggregator", self.aggregator, listens=False)
         for topic in self.forward:
             check_topic(topic)

@@ -24,10 +24,10 @@ from typing import Annotated
 
 import msgspec
 from edgedaq.config import Bytes, Verbosity
-from edgedaq.endpoint import check_endpoint
 from edgedaq.errors import ConfigError
 from edgedaq.main_config import LanesOptions
 from edgedaq.names import check_name
+from edgedaq.transport import check_address
 
 __all__ = ["FILE_NAME", "AggregatorConfig", "JournalOptions"]
 
@@ -65,4 +65,4 @@ class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         if self.supervisor_id:
             check_name("supervisor_id", self.supervisor_id)
         if self.listen:
-            check_endpoint("listen", self.listen)
+            check_address("listen", self.listen, listens=False)

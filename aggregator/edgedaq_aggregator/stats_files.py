@@ -52,19 +52,25 @@ class Statistics:
         self._write_due_ns = 0
         self._keep_due_ns = 0
         self._is_failing = False
+        self._own_node = ""
         self.merge = _load(self._kept_path)
 
     def take(self, report: object) -> None:
         """Take the report of a node as it came from the intake.
 
         Raises:
-            WireError: It is not a report.
+            WireError: It is not a report, or bears this aggregator's own name.
         """
-        self.merge.update(NodeReport.from_map(report), mono_ns(), utc_ns())
+        taken = NodeReport.from_map(report)
+        if taken.node == self._own_node:
+            message = f"a node must not be called {taken.node!r}, which is the aggregator's own supervisor_id"
+            raise WireError(message)
+        self.merge.update(taken, mono_ns(), utc_ns())
 
     def take_own(self, report: NodeReport) -> None:
         """Take this aggregator's own report, and from it what its intake and its stores count per node."""
         now_ns = mono_ns()
+        self._own_node = report.node
         self.merge.update(report, now_ns, utc_ns())
         for job in report.jobs:
             if job.current is not None:

@@ -91,7 +91,9 @@ class Claims:
         """
         claim = self.claims.get(name)
         if claim is None:
-            claim = self.claims[name] = Claim(name, topics, is_lasting=False, released=oldest, last_end=oldest)
+            claim = self.claims[name] = Claim(
+                name, topics, is_lasting=False, released=oldest, last_end=oldest
+            )
         begin = max(claim.released, oldest)
         claim.topics, claim.route, claim.wants = topics, route, {}
         claim.released = claim.last_end = begin

@@ -8,15 +8,17 @@ settings its class is imported, which runs the code of its module.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgedaq.config import DAQJobConfig, StorableDAQJobConfig, build_job_config
+import msgspec
+
+from edgedaq.config import DAQJobConfig, build_job_config
 from edgedaq.errors import ConfigError
 from edgedaq.registry import load_class, resolve
-from edgedaq.store_config import STORE_TYPES
+from edgedaq.store_config import STORE_TYPES, DAQJobStoreConfig
 from edgedaq.typed_toml import read_toml
 
 __all__ = ["MAIN_FILES", "RESERVED_IDS", "JobFile", "load_jobs", "missing_stores", "require_directory"]
@@ -89,13 +91,23 @@ def missing_stores(files: Iterable[JobFile]) -> list[str]:
     held = list(files)
     present = {file.job_type for file in held if file.is_store}
     return [
-        f"{file.path}: [store_config.{key}] needs a store of type {STORE_TYPES[key]}, which no file of "
+        f"{file.path}: [{name}.{key}] needs a store of type {STORE_TYPES[key]}, which no file of "
         f"{file.path.parent} has; its data waits in the journal"
         for file in held
-        if isinstance(file.config, StorableDAQJobConfig)
-        for key in file.config.store_config.keys()  # noqa: SIM118  # not a mapping
+        for name, key, _ in _destinations(file)
         if STORE_TYPES[key] not in present
     ]
+
+
+def _destinations(file: JobFile) -> Iterator[tuple[str, str, Any]]:
+    """Yield each ``(setting, key, options)`` that says where data goes, e.g. of ``store_config.csv``."""
+    if file.config is None:
+        return
+    for setting in msgspec.structs.fields(file.config):
+        value = getattr(file.config, setting.name)
+        if isinstance(value, DAQJobStoreConfig):
+            for key in value.keys():  # noqa: SIM118  # not a mapping
+                yield setting.encode_name, key, getattr(value, key)
 
 
 def _load(
@@ -167,11 +179,7 @@ def _check_files(files: list[JobFile]) -> None:
     """Refuse two jobs that would write one file in different ways, as far as that can be known beforehand."""
     writers: dict[tuple[str, str, bool], tuple[JobFile, object]] = {}
     for file in files:
-        if not isinstance(file.config, StorableDAQJobConfig):
-            continue
-        store_config = file.config.store_config
-        for key in store_config.keys():  # noqa: SIM118  # not a mapping
-            options = getattr(store_config, key)
+        for name, key, options in _destinations(file):
             path = getattr(options, "file_path", None)
             if path is None:
                 continue
@@ -185,7 +193,7 @@ def _check_files(files: list[JobFile]) -> None:
             else:
                 continue
             file.problems.append(
-                f"{file.path}: store_config.{key}.file_path must not be {path!r}, which {first.path} writes "
+                f"{file.path}: {name}.{key}.file_path must not be {path!r}, which {first.path} writes "
                 f"with {difference}"
             )
             file.config = None

@@ -1,4 +1,4 @@
-"""The consumer's side of the rings of one host: whole frames of the topics asked for, in order, without copies.
+"""The consumer's side of a host's rings: whole frames of the topics asked for, in order, without copies.
 
 ::
 
@@ -15,17 +15,13 @@ runs whose ``end`` goes on counting.
 
 A ring that its own process produces is never seen. All of an inlet is used by one thread.
 
-Files beside the rings: ``<life>.<consumer>.claim`` (u64 position released, u64 1 when the consumer is through
-with the ring). While it says 0, the ring is kept; consumers named in the ring's header need none. An
-inlet with ``retire`` removes rings of the dead that nobody needs any more; where there is none,
-``sweep_rings`` does it.
+An inlet with ``retire`` removes rings of the dead that nobody needs any more; one without holds the rings
+that it is not through with by claim files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -33,15 +29,14 @@ from typing import Any, Self
 
 import zmq
 
+from edgedaq.claim_files import ClaimFile, is_claimed, sweep_rings, unlink_ring, withdraw_claim
 from edgedaq.errors import WireError
 from edgedaq.logsetup import get_logger
 from edgedaq.names import check_name
-from edgedaq.ring import is_alive, is_own, map_ring
+from edgedaq.ring import is_own
 from edgedaq.ring_view import RingView, Run
 
-__all__ = ["Inlet", "RingView", "Run", "claim_path", "sweep_rings", "withdraw_claim"]
-
-_CLAIM = struct.Struct("<QQ")
+__all__ = ["Inlet", "RingView", "Run", "sweep_rings", "withdraw_claim"]
 
 
 class Inlet:
@@ -70,7 +65,7 @@ class Inlet:
         self._retire = retire
         self._context = context if context is not None else zmq.Context.instance()
         self._rings: dict[str, RingView] = {}
-        self._claims: dict[str, int] = {}
+        self._claims: dict[str, ClaimFile] = {}
         self._done: set[str] = set()
         self._log = get_logger(consumer=consumer)
 
@@ -128,21 +123,24 @@ class Inlet:
             self._note(ring)
             ring.close()
         self._rings.clear()
-        for fd in self._claims.values():
-            os.close(fd)
+        for claim in self._claims.values():
+            claim.close()
         self._claims.clear()
 
     def _open(self, life: str, path: Path) -> None:
         resume_at = 0
         try:
             if not self._retire:
-                resume_at, is_through = self._claim(life)
-                if is_through:
+                claim = self._claims[life] = ClaimFile(self._dir, life, self._consumer)
+                resume_at = claim.released
+                if claim.is_through:
+                    self._claims.pop(life).close()
                     self._done.add(life)
                     return
             ring = RingView(path, self._consumer, self._topics, self._context)
         except FileNotFoundError:
-            self._drop_claim(life)
+            if life in self._claims:
+                self._claims.pop(life).close(unlink=True)
             return
         except WireError as e:
             self._log.error("ring.rejected", path=str(path), reason=str(e))
@@ -171,96 +169,19 @@ class Inlet:
         if not self._retire:
             self._note(ring, through=True)
             self._forget(ring)
-        elif not _is_claimed(self._dir, ring.life):
-            _unlink(self._dir, ring.life)
+        elif not is_claimed(self._dir, ring.life):
+            unlink_ring(self._dir, ring.life)
             self._forget(ring)
 
     def _forget(self, ring: RingView) -> None:
         self._rings.pop(ring.life, None)
         self._done.add(ring.life)
         ring.close()
-        fd = self._claims.pop(ring.life, None)
-        if fd is not None:
-            os.close(fd)
-
-    def _claim(self, life: str) -> tuple[int, bool]:
-        """Hold the ring by a file; return what an earlier inlet of this name wrote there."""
-        fd = os.open(claim_path(self._dir, life, self._consumer), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._claims[life] = fd
-        held = os.pread(fd, _CLAIM.size, 0)
-        if len(held) < _CLAIM.size:
-            os.pwrite(fd, _CLAIM.pack(0, 0), 0)
-            return 0, False
-        position, through = _CLAIM.unpack(held)
-        if through:
-            os.close(self._claims.pop(life))
-        return position, bool(through)
-
-    def _drop_claim(self, life: str) -> None:
-        fd = self._claims.pop(life, None)
-        if fd is not None:
-            os.close(fd)
-            claim_path(self._dir, life, self._consumer).unlink(missing_ok=True)
+        claim = self._claims.pop(ring.life, None)
+        if claim is not None:
+            claim.close()
 
     def _note(self, ring: RingView, *, through: bool = False) -> None:
-        fd = self._claims.get(ring.life)
-        if fd is not None:
-            os.pwrite(fd, _CLAIM.pack(ring.released, through), 0)
-
-
-def claim_path(rings_dir: Path, life: str, consumer: str) -> Path:
-    """Return the file by which a consumer holds a ring."""
-    return rings_dir / f"{life}.{consumer}.claim"
-
-
-def withdraw_claim(rings_dir: Path, consumer: str) -> None:
-    """End all claims of a consumer that has failed or was removed; producers notice within a second."""
-    for path in rings_dir.glob(f"*.{consumer}.claim"):
-        path.unlink(missing_ok=True)
-
-
-def sweep_rings(rings_dir: Path) -> None:
-    """Remove rings of the dead that no consumer has a claim on, by header or by file."""
-    for path in rings_dir.glob("*.ring"):
-        life = path.stem
-        if is_own(life):
-            continue
-        try:
-            fd, mapped, layout = map_ring(path)
-        except (OSError, WireError):
-            continue
-        mapped.close()
-        is_needed = is_alive(fd) or bool(layout.identity.claims) or _is_claimed(rings_dir, life)
-        os.close(fd)
-        if not is_needed:
-            _unlink(rings_dir, life)
-    for path in rings_dir.glob(".*.new"):
-        _sweep_unfinished(path)
-
-
-def _sweep_unfinished(path: Path) -> None:
-    """Remove a ring whose producer died while it made it: a file that has bytes was locked before."""
-    if is_own(path.name[1:-4]):
-        return
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        is_abandoned = os.fstat(fd).st_size > 0 and not is_alive(fd)
-        os.close(fd)
-        if is_abandoned:
-            path.unlink()
-
-
-def _is_claimed(rings_dir: Path, life: str) -> bool:
-    for path in rings_dir.glob(f"{life}.*.claim"):
-        try:
-            held = path.read_bytes()
-        except FileNotFoundError:
-            continue
-        if len(held) < _CLAIM.size or not _CLAIM.unpack_from(held)[1]:
-            return True
-    return False
-
-
-def _unlink(rings_dir: Path, life: str) -> None:
-    for path in (*rings_dir.glob(f"{life}.*.claim"), rings_dir / f"{life}.sock", rings_dir / f"{life}.ring"):
-        path.unlink(missing_ok=True)
+        claim = self._claims.get(ring.life)
+        if claim is not None:
+            claim.note(ring.released, through=through)

@@ -323,6 +323,11 @@ class Lane:
             self._undurable.append((end, [Release(*item) for item in releases.items()]))
         self.spool_end = new_end
 
+    def spool_moved(self, end: int) -> None:
+        """Take that the spool was written anew, behind all old positions; everything in it is sent again."""
+        self.begin_session()
+        self.spool_end = max(self.spool_end, end)
+
     def durable(self, position: int) -> list[Release]:
         """Take that the spool is durable up to a position (or acknowledged, which is as good)."""
         found: list[Release] = []

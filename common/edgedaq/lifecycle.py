@@ -232,8 +232,8 @@ def _start(child: Child, now_ns: int) -> Result:
 def _report(child: Child, event: Report, now_ns: int, policy: Policy) -> Child:
     if child.state not in (State.RUNNING, State.BLOCKED):
         return child
-    # Who waits for room in its ring does what it was told to; it only begins to hang when it could go on.
-    if event.has_advanced or event.is_blocked:
+    # Who waits for room in its ring does what it was told to; it can only begin to hang when it could go on.
+    if event.has_advanced or event.is_blocked or child.state is State.BLOCKED:
         child = replace(child, advanced_ns=now_ns)
     if event.is_blocked:
         return _enter(child, State.BLOCKED, now_ns, reason="its ring is full")

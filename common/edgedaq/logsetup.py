@@ -24,8 +24,13 @@ _STDERR = 2
 
 
 def is_service() -> bool:
-    """Tell whether a service manager started this process, so that nobody reads its terminal."""
-    return any(os.environ.get(name) for name in ("NOTIFY_SOCKET", "INVOCATION_ID", "JOURNAL_STREAM"))
+    """Tell whether a service manager started this process, so that nobody sits before it.
+
+    A shell in a desktop's terminal inherits ``INVOCATION_ID`` from the service that the terminal is, hence
+    the second question.
+    """
+    is_managed = any(os.environ.get(name) for name in ("NOTIFY_SOCKET", "INVOCATION_ID"))
+    return is_managed and not os.isatty(_STDERR)
 
 
 def get_logger(**facts: Any) -> Any:
@@ -101,6 +106,5 @@ class _ToStructlog(logging.Handler):
             text = record.getMessage()
         except (TypeError, ValueError):
             text = str(record.msg)
-        structlog.get_logger(logger=record.name).log(
-            max(record.levelno, logging.DEBUG), text, exc_info=record.exc_info
-        )
+        logger = structlog.get_logger().bind(logger=record.name)
+        logger.log(max(record.levelno, logging.DEBUG), text, exc_info=record.exc_info)

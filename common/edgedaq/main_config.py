@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from xxhash import xxh3_64_hexdigest
 
 from edgedaq.config import Bytes, Seconds
 from edgedaq.errors import ConfigError
+from edgedaq.frame import MAX_FRAME_BYTES
 from edgedaq.runtime_dir import check_runtime_dir, default_runtime_dir
 from edgedaq.typed_toml import build, read_toml
 from edgedaq.units import format_bytes
@@ -26,6 +28,8 @@ __all__ = [
     "read_main",
     "resolve_dir",
     "resolve_runtime_dir",
+    "service_state_dir",
+    "version",
 ]
 
 M = TypeVar("M", bound=msgspec.Struct)
@@ -42,7 +46,7 @@ class LaneOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     spool_after: Annotated[Seconds, msgspec.Meta(le=3600)] = 0.2
-    limit: Annotated[Bytes, msgspec.Meta(gt=0)] | None = None
+    limit: Annotated[Bytes, msgspec.Meta(ge=4 * MAX_FRAME_BYTES)] | None = None
     reserve: Bytes | None = None
 
 
@@ -80,11 +84,17 @@ def resolve_runtime_dir(given: str, config_dir: Path, role: str, where: Path) ->
         raise ConfigError(message) from e
 
 
-def default_state_dir(config_dir: Path, node: str) -> Path:
-    """Return where state is kept unless a file says so: the service's own directory, or this user's."""
+def service_state_dir() -> Path | None:
+    """Return the state directory that systemd has made for this service, if it runs under one."""
     given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    return Path(given) if given else None
+
+
+def default_state_dir(config_dir: Path, node: str) -> Path:
+    """Return where a node's state is kept if no file says so: the service's directory, or this user's."""
+    given = service_state_dir()
     if given:
-        return Path(given)
+        return given
     base = os.environ.get("XDG_STATE_HOME", "")
     home = Path(base) if base.startswith("/") else Path.home() / ".local" / "state"
     digits = xxh3_64_hexdigest(str(config_dir.resolve()).encode("utf-8", "surrogateescape"))[:8]
@@ -123,6 +133,14 @@ def make_directory(where: Path, key: str, path: Path, mode: int = 0o750) -> None
     check_directory(where, key, path)
 
 
+def version() -> str:
+    """Return the version of EdgeDAQ; that of a tree which was never installed is not known."""
+    try:
+        return importlib.metadata.version("edgedaq")
+    except importlib.metadata.PackageNotFoundError:
+        return "0.0.0+tree"
+
+
 def fit_on_disk(
     where: Path, key: str, limit: int | None, reserve: int | None, directory: Path, *, usual: int
 ) -> tuple[int, int]:
@@ -144,8 +162,8 @@ def fit_on_disk(
         return max(min(usual, total // 2), 1), kept
     if limit + kept > total:
         message = (
-            f"{where}: {key}.limit and {key}.reserve must fit on the disk of {present} ({format_bytes(total)}), "
-            f"got {format_bytes(limit)} and {format_bytes(kept)}"
+            f"{where}: {key}.limit and {key}.reserve must fit on the disk of {present}, which has "
+            f"{format_bytes(total)}, got {format_bytes(limit)} and {format_bytes(kept)}"
         )
         raise ConfigError(message)
     return limit, kept

@@ -6,19 +6,24 @@ the slot's memory and the stream's schema alone.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import msgpack
 
 from edgedaq.errors import JobError, WireError
-from edgedaq.frame import HEADER_BYTES, Kind
-from edgedaq.ring import FORM_PACKED, FORM_RAW, FORM_ROWS
+from edgedaq.frame import HEADER_BYTES, MAX_FRAME_BYTES, Kind
+from edgedaq.ring_layout import (
+    FORM_PACKED,
+    FORM_RAW,
+    FORM_ROWS,
+)
 from edgedaq.schema import Schema, split_columns, to_columns
 
 __all__ = ["FRAME_TARGET_BYTES", "Body", "body_limit", "slot_bodies"]
 
 FRAME_TARGET_BYTES = 1 << 20
-"""Larger tables and messages are split into frames of about this size."""
+"""What does not fit into a slot is split into frames of about this size."""
 
 
 class Body(NamedTuple):
@@ -36,8 +41,8 @@ class Body(NamedTuple):
 
 
 def body_limit(ring_bytes: int) -> int:
-    """Return the largest body that a producer makes: a frame stays below half a ring."""
-    return min(FRAME_TARGET_BYTES, ring_bytes // 2) - HEADER_BYTES
+    """Return the largest body that a producer makes: a frame is at most half a ring."""
+    return min(MAX_FRAME_BYTES, ring_bytes // 2) - HEADER_BYTES
 
 
 def slot_bodies(
@@ -102,9 +107,7 @@ def _shift(ends: memoryview, begin: int) -> bytes:
 def _columns(schema: Schema, data: memoryview, width: int, edges: list[int], limit: int) -> list[Body]:
     try:
         dtypes = msgpack.unpackb(data[:width]) if width else {}
-        rows = [
-            msgpack.unpackb(data[a:b], use_list=False) for a, b in zip(edges, edges[1:], strict=False)
-        ]
+        rows = [msgpack.unpackb(data[a:b], use_list=False) for a, b in itertools.pairwise(edges)]
         bodies = split_columns(schema, to_columns(schema, rows), limit, dtypes)
     except (ValueError, TypeError, AttributeError, msgpack.UnpackException, JobError) as e:
         message = f"a slot does not hold rows of its stream: {e}"

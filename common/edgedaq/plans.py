@@ -6,7 +6,8 @@ nothing else): they reach its intake through an uplink like those of any node.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import msgspec
 from edgedaq.clock import boot_id
 from edgedaq.config import DAQJobConfig, RingOptions
 from edgedaq.config_dir import JobFile
+from edgedaq.job_context import WorkerSpec
 from edgedaq.policy import Policy
 from edgedaq.supervisor import DEVICES, STORES, UPLINK
-from edgedaq.worker import WorkerSpec
+from edgedaq.units import format_bytes
 from edgedaq.worker_process import WorkerPlan
 
-__all__ = ["UPLINK_TARGET", "Place", "job_plan", "part_plan", "uplink_plan"]
+__all__ = ["UPLINK_TARGET", "Place", "check_rings", "job_plan", "part_plan", "uplink_plan"]
 
 UPLINK_TARGET = "edgedaq_agent.uplink:Uplink"
 _STORE_STOP_LIMIT_S = 5.0
@@ -104,7 +106,7 @@ def part_plan(
     config_file: Path,
     stop_limit_s: float,
 ) -> WorkerPlan:
-    """Return the plan of a worker that every agent or aggregator has of itself: it is always started again."""
+    """Return the plan of a worker that EdgeDAQ has of itself: it is always started again."""
     job_type = target.partition(":")[2]
     spec = place.spec(
         unique_id,
@@ -115,7 +117,13 @@ def part_plan(
         verbosity=place.verbosity,
         ring=RingOptions(),
     )
-    policy = Policy(restart="always", backoff_initial_s=0.2, backoff_max_s=10.0, stop_limit_s=stop_limit_s)
+    policy = Policy(
+        restart="always",
+        backoff_initial_s=0.2,
+        backoff_max_s=5.0,
+        healthy_after_s=5.0,
+        stop_limit_s=stop_limit_s,
+    )
     return WorkerPlan(unique_id, job_type, group, policy, spec)
 
 
@@ -130,6 +138,37 @@ def uplink_plan(config: Mapping[str, Any], place: Place, *, config_file: Path) -
         config_file=config_file,
         stop_limit_s=_UPLINK_STOP_LIMIT_S,
     )
+
+
+def check_rings(
+    where: Path, files: Iterable[JobFile], budget: int | None, runtime_dir: Path
+) -> tuple[list[str], list[str]]:
+    """Return ``(problems, warnings)`` about the shared memory that all jobs together may take.
+
+    Args:
+        budget: What the file says; if nothing, half of the disk of ``runtime_dir``, for a warning.
+    """
+    rings = [file.config.ring for file in files if file.config is not None and not file.is_store]
+    total = sum(ring.ring_bytes + ring.slots * ring.slot_bytes for ring in rings)
+    if budget is not None:
+        if total <= budget:
+            return [], []
+        problem = (
+            f"{where}: ring_bytes must be at least {format_bytes(total)}, which the rings of {len(rings)} jobs "
+            f"take, got {format_bytes(budget)}"
+        )
+        return [problem], []
+    present = runtime_dir
+    while not present.exists() and present != present.parent:
+        present = present.parent
+    room = shutil.disk_usage(present).total
+    if total <= room // 2:
+        return [], []
+    warning = (
+        f"{where}: the rings of {len(rings)} jobs may take {format_bytes(total)}, more than half of the "
+        f"{format_bytes(room)} that {present} has"
+    )
+    return [], [warning]
 
 
 def _policy(config: DAQJobConfig, *, is_store: bool) -> Policy:

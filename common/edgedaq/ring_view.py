@@ -17,8 +17,12 @@ import zmq
 from edgedaq.errors import WireError
 from edgedaq.frame import decode
 from edgedaq.names import matches_any
-from edgedaq.ring import W_OPENS_USED, Identity, is_alive, map_ring
+from edgedaq.ring import is_alive, map_ring
 from edgedaq.ring_control import Release, RingBegin, Runs, Subscribe, decode_from_producer, encode_control
+from edgedaq.ring_layout import (
+    W_OPENS_USED,
+    Identity,
+)
 from edgedaq.salvage import read_opens, salvage
 from edgedaq.schema import OpenInfo, decode_open
 
@@ -265,5 +269,3 @@ class RingView:
         if held:
             found.append(Run(self, end, memoryview(b"".join(held)), len(held)))
         return found
-
-

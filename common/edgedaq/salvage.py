@@ -33,7 +33,7 @@ from edgedaq.delivery import gap_of
 from edgedaq.errors import WireError
 from edgedaq.frame import HEADER_BYTES, Frame, Kind, decode, encode, pack_map
 from edgedaq.open_frames import body_limit, slot_bodies
-from edgedaq.ring import (
+from edgedaq.ring_layout import (
     PAD,
     STREAMS_MAX,
     W_CLOSED,

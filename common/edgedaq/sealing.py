@@ -1,4 +1,4 @@
-"""Sealing: open frames become frames of the ring, streams get their accounts. The producer's side of ``ring``.
+"""Sealing: open frames become frames of the ring, and streams get their accounts. The producer's side.
 
 Nothing here blocks, waits or locks: every method is called with the outlet's lock held, and says False when
 the ring has no room. The order of the stores is the promise of ``salvage``; it is written out where it is.
@@ -13,8 +13,9 @@ from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import JobError
 from edgedaq.frame import DATA_KINDS, HEADER_BYTES, Kind, decode, frame_bytes, pack_map, seal_into
 from edgedaq.open_frames import Body, body_limit, slot_bodies
-from edgedaq.ring import (
-    PAD_INT,
+from edgedaq.ring import ProducedRing
+from edgedaq.ring_layout import (
+    PAD,
     STREAMS_MAX,
     W_CLOSED,
     W_COMMIT,
@@ -31,7 +32,6 @@ from edgedaq.ring import (
     W_T_FIRST,
     W_T_PUT,
     W_WIDTH,
-    ProducedRing,
 )
 from edgedaq.salvage import close_body
 from edgedaq.schema import OpenInfo, Schema, encode_open
@@ -96,11 +96,11 @@ class Sealer:
     """Writes one ring.
 
     Args:
-        on_publish: Told (account, position, length) of each frame, after its stores are done.
+        on_publish: Told (account, position, length, rows) of each frame, after its stores are done.
     """
 
     ring: ProducedRing
-    on_publish: Callable[[Account, int, int], None]
+    on_publish: Callable[[Account, int, int, int], None]
     head: int = 0
     released: int = 0
     opens_used: int = 0
@@ -203,8 +203,8 @@ class Sealer:
         self.head = head
         account.next_seq += len(bodies)
         account.rows = rows + lost_rows
-        for position, length in spans:
-            self.on_publish(account, position, length)
+        for (position, length), body in zip(spans, bodies, strict=True):
+            self.on_publish(account, position, length, body.rows)
         return True
 
     def append_gap(self, account: Account, rows: int | None, reason: str) -> bool:
@@ -231,7 +231,7 @@ class Sealer:
         return True
 
     def attach(self, slot: Slot, account: Account, form: int, width: int, prefix: bytes = b"") -> None:
-        """Give an empty slot to a stream."""
+        """Give a sealed slot to a stream, which begins it anew; also if it has it already."""
         words = slot.words
         words[W_COMMIT] = 0
         words[W_SLOT_STREAM] = 0
@@ -252,13 +252,6 @@ class Sealer:
         slot.account = None
         slot.unbind()
         slot.arm = slot.unbind = _nothing
-
-    def rewind(self, slot: Slot) -> None:
-        """Begin a sealed slot anew; also after frames of its stream were appended past it."""
-        if slot.account is not None:
-            # Between these two stores the slot has no rows, whatever the base says.
-            slot.words[W_COMMIT] = 0
-            slot.words[W_ROW_BASE] = slot.account.rows
 
     def seal(self, slot: Slot) -> bool:
         """Publish the rows of a slot that are not published yet; False when the ring has no room now."""
@@ -300,6 +293,4 @@ class Sealer:
     def _pad(self, head: int) -> None:
         at = head % self._size
         if self._size - at >= HEADER_BYTES:
-            self._data[at + 8 : at + 16] = PAD_INT.to_bytes(8, "little")
-
-
+            self._data[at + 8 : at + 16] = PAD

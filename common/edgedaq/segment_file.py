@@ -10,6 +10,7 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from xxhash import xxh3_64_intdigest
 
@@ -52,8 +53,8 @@ def list_segments(storage: Storage, directory: Path) -> list[int]:
 class SegmentFile:
     """A segment, read only.
 
-    ``header`` is None when it is damaged, ``salt`` 0 when no record tells it either. ``foreign`` is the header
-    of a file that was taken into use under another name, when a power cut lost the renaming.
+    ``header`` is None when it is damaged, ``salt`` 0 when no record tells it either. ``foreign`` is the
+    header of a file that was taken into use under another name, when a power cut lost the renaming.
 
     Raises:
         OSError: There is no such file, or it cannot be opened.
@@ -76,10 +77,12 @@ class SegmentFile:
             storage.close(self.fd)
             raise
 
-    def __enter__(self) -> SegmentFile:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -99,7 +102,7 @@ class SegmentFile:
         return self._storage.is_at(self.fd, self.path)
 
     def read(self, position: int, size_bytes: int) -> memoryview:
-        """Return bytes from a position on, fewer only at the end of the file; an unreadable page reads as zeros."""
+        """Return bytes from a position on, fewer only at the end of the file; an unreadable page is zeros."""
         offset = position - self.first
         try:
             return memoryview(self._storage.pread(self.fd, size_bytes, offset))
@@ -145,7 +148,7 @@ class SegmentFile:
             size = need
 
     def find(self, position: int, limit: int) -> int | None:
-        """Return where the next valid record at or behind ``position`` begins; None when none ends by ``limit``."""
+        """Return where the next valid record from ``position`` on begins; None: none ends by ``limit``."""
         needle = self.salt.to_bytes(8, "little")
         position += -position % 8
         limit = min(limit, self.first + self.size)

@@ -118,6 +118,9 @@ class Header(NamedTuple):
     t_utc_ns: int
 
 
+_SEALED_KINDS = {int(RecordKind.CHECKPOINT), int(RecordKind.CURSOR)}
+
+
 class Record(NamedTuple):
     """One frame of a log. A reader that has consumed it goes on at ``end``.
 
@@ -134,8 +137,8 @@ class Hole(NamedTuple):
     """What a reader passes over between two positions, never silently.
 
     ``reason`` is ``damaged``, ``missing`` (a whole segment) or ``trimmed``. The GAPs that explain the first
-    two follow as records. What ``trimmed`` has cost depends on what the reader's owner had before: ``table`` is
-    then the account of all streams at ``last``, for ``segment_gaps.bridge``.
+    two follow as records. What ``trimmed`` has cost depends on what the reader's owner had before: then
+    ``table`` is the account of all streams at ``last``, for ``segment_gaps.bridge``.
     """
 
     first: int
@@ -224,14 +227,15 @@ def open_map(payload: memoryview) -> dict[str, object]:
     Raises:
         WireError: It was damaged.
     """
-    if len(payload) < _SEALED.size:
-        message = f"a sealed map has at least {_SEALED.size} bytes, got {len(payload)}"
+    if not _is_sealed(payload):
+        message = f"the checksum of a sealed map of {len(payload)} bytes does not match"
         raise WireError(message)
-    check, size, _ = _SEALED.unpack_from(payload)
-    if xxh3_64_intdigest(payload[8:]) != check or size > len(payload) - _SEALED.size:
-        message = "the checksum of a sealed map does not match"
-        raise WireError(message)
+    _, size, _ = _SEALED.unpack_from(payload)
     return unpack_map(payload[_SEALED.size : _SEALED.size + size])
+
+
+def _is_sealed(payload: memoryview) -> bool:
+    return len(payload) >= _SEALED.size and xxh3_64_intdigest(payload[8:]) == _CHECK.unpack_from(payload)[0]
 
 
 def checkpoint_payload(table: StreamTable, cursor: dict[str, object]) -> bytes:
@@ -272,8 +276,8 @@ def parse(
 
     Returns:
         The position reached, and why it is no further: 0: ``buffer`` or ``limit`` ended there; n > 0: the
-        record there needs n bytes of buffer; -n < 0: no valid record is there, and where n > 1 the damaged one
-        is known to have n bytes.
+        record there needs n bytes of buffer; -n < 0: no valid record is there, and where n > 1 the damaged
+        one is known to have n bytes.
     """
     offset = 0
     size = len(buffer)
@@ -288,7 +292,7 @@ def parse(
         if found != salt or length & 7 or length > PAYLOAD_MAX or position + header + length > limit:
             return position, -1
         total = header + length
-        covered = header + (CHECKED_BYTES if length > CHECKED_BYTES else length)
+        covered = header + min(length, CHECKED_BYTES)
         if left < covered:
             return position, covered
         if hashed(buffer[offset + 8 : offset + covered], position) != check:
@@ -312,6 +316,8 @@ def parse(
                 entries.append(Record(position, position + total, frame))
         else:
             payload = buffer[offset + header : offset + total]
+            if kind in _SEALED_KINDS and not _is_sealed(payload):
+                return position, -total
             entries.append(Control(position, position + total, kind, payload))
         offset += total
         position += total

@@ -1,8 +1,8 @@
 """What an absence means for each stream: pure functions from two accounts to the frames between them.
 
-A log never has an unexplained absence, although nothing is written into it where it was damaged: whoever reads
-across a hole derives the same GAP frames from what lies around it. The frame behind the hole bears its seq
-and, in ``row0``, the rows before it; the checkpoint of the next segment tells the rest: streams of which
+A log never has an unexplained absence, although nothing is written into it where it was damaged: whoever
+reads across a hole derives the same GAP frames from what lies around it. The frame behind the hole bears its
+seq and, in ``row0``, the rows before it; the checkpoint of the next segment tells the rest: streams of which
 nothing follows, an OPEN that fell into the hole, a CLOSE that did.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["Explainer", "bridge", "gap_frame"]
 
 
 def gap_frame(stream: int, first: int, last: int, row0: int, rows: int | None, reason: str) -> Frame:
-    """Return the GAP that says ``first`` to ``last`` of a stream are lost; ``rows`` None when nobody knows."""
+    """Return the GAP that says ``first`` to ``last`` of a stream are lost; ``rows`` None: nobody knows."""
     if rows is not None and rows < 0:
         rows = None
     body = pack_map({"last": last, "rows": rows, "reason": reason})
@@ -72,8 +72,8 @@ def bridge(
 class Explainer:
     """Turns what follows a hole into a sequence without an unexplained absence.
 
-    Feed it every frame behind the hole, in order; deliver what it returns instead. ``table`` is the account of
-    what was delivered.
+    Feed it every frame behind the hole, in order; deliver what it returns instead. ``table`` is the account
+    of what was delivered.
 
     Args:
         table: The account before the hole; taken over.
@@ -94,7 +94,7 @@ class Explainer:
         self._wants = wants
 
     def explain(self, frame: Frame) -> list[Frame]:
-        """Return the frames to deliver in place of ``frame``: those that explain what is absent, then itself."""
+        """Return the frames to deliver for ``frame``: those that explain what is absent, then itself."""
         if self._wants is not None and not self._wants(frame.stream):
             return [frame]
         before: list[Frame] = []

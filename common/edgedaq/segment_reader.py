@@ -1,20 +1,21 @@
 """Reading a log: in order from any position, in any process, without a lock, beside its writer.
 
-A reader goes only as far as it is told (``upto``): a process other than the writer learns through a socket what
-is durable, and never looks for itself. What it passes over it yields as a ``Hole``, followed by the GAPs
+A reader goes only as far as it is told (``upto``): a process other than the writer learns through a socket
+what is durable, and never looks for itself. What it passes over it yields as a ``Hole``, followed by the GAPs
 that the absence means for each stream (``segment_gaps.py``); so a consumer that judges by identity sees no
 difference between a log that was damaged and one into which the GAPs had been written.
 
-Segments may be trimmed under a slow reader, even the one it has open: its bytes then stop being valid, its name
-is gone, and the reader goes on at the begin of the log behind a ``Hole`` that says ``trimmed``.
+Segments may be trimmed under a slow reader, even the one it has open: its bytes then stop being valid, its
+name is gone, and the reader goes on at the begin of the log behind a ``Hole`` that says ``trimmed``.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from edgedaq.delivery import StreamState, StreamTable
 from edgedaq.segment_file import SegmentFile, list_segments
@@ -56,12 +57,15 @@ class SegmentReader:
         self._start = position
         self._file: SegmentFile | None = None
         self._file_end: int | None = None
+        self._last_first: int | None = None
         self._explainer: Explainer | None = None
 
-    def __enter__(self) -> SegmentReader:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -72,7 +76,7 @@ class SegmentReader:
         self._file_end = None
 
     def table_at_start(self) -> StreamTable:
-        """Return the account of all streams at the position that the reader began at; reads a segment for it."""
+        """Return the account of all streams at the position that the reader began at; reads a segment."""
         return table_at(self._directory, self._start, storage=self._storage)
 
     def read(self, upto: int, max_bytes: int = _CHUNK_BYTES) -> list[Record | Hole]:
@@ -129,42 +133,48 @@ class SegmentReader:
         """Open the segment that ``position`` is in, or the one behind it; None when there is none yet."""
         firsts = list_segments(self._storage, self._directory)
         at = bisect_right(firsts, self.position) - 1
-        previous: int | None = None
+        came_from = self._last_first
+        target = at
         try:
-            if at >= 0:
+            if at >= 0 and self.position > firsts[at]:
                 file = SegmentFile(self._storage, self._directory, firsts[at])
                 end = self._end_of(file, firsts)
                 if end is None or self.position < end:
                     self._enter(file, end)
                     return []
                 file.close()
-                previous = firsts[at]
-            if at + 1 >= len(firsts):
+                came_from = firsts[at]
+                target = at + 1
+            if target >= len(firsts):
                 self.close()
                 return None
-            file = SegmentFile(self._storage, self._directory, firsts[at + 1])
+            file = SegmentFile(self._storage, self._directory, firsts[max(target, 0)])
             end = self._end_of(file, firsts)
         except FileNotFoundError:
             self.close()
             return []
-        return self._cross(file, end, previous)
+        return self._cross(file, end, came_from, is_behind=target >= 0)
 
-    def _cross(self, file: SegmentFile, end: int | None, previous: int | None) -> list[Record | Hole]:
-        """Enter a segment from before its begin, with what was lost on the way."""
+    def _cross(
+        self, file: SegmentFile, end: int | None, came_from: int | None, *, is_behind: bool
+    ) -> list[Record | Hole]:
+        """Enter a segment at its begin, with what was lost on the way.
+
+        Args:
+            file: Taken over.
+            end: Of the segment.
+            came_from: First position of the segment that was read before; None when none was.
+            is_behind: False when everything that ``position`` was in, or next to, has been trimmed.
+        """
         before, header = self.position, file.header
         checkpoint = file.checkpoint()
         self._enter(file, end)
-        reason = ""
-        if previous is None and not (header and header.previous_end <= before):
-            reason = "trimmed"
-        elif previous is not None and header and header.previous != previous:
-            reason = "missing"
-        found: list[Record | Hole] = []
-        if reason == "trimmed":
+        if not is_behind and not (header and header.previous_end <= before):
             self._explainer = None
-            return [Hole(before, self.position, reason, checkpoint[0] if checkpoint else StreamTable())]
-        if reason:
-            found += self._explained([Hole(before, self.position, reason)])
+            return [Hole(before, self.position, "trimmed", checkpoint[0] if checkpoint else StreamTable())]
+        found: list[Record | Hole] = []
+        if is_behind and came_from is not None and not (header and header.previous == came_from):
+            found += self._explained([Hole(before, self.position, "missing" if header else "damaged")])
         if self._explainer is not None and checkpoint is not None:
             at = self.position
             found += [Record(at, at, frame) for frame in self._explainer.arrive(checkpoint[0])]
@@ -175,6 +185,7 @@ class SegmentReader:
         self.close()
         self._file = file
         self._file_end = end
+        self._last_first = file.first
         self.position = max(self.position, file.begin)
 
     def _end_of(self, file: SegmentFile, firsts: list[int]) -> int | None:
@@ -185,7 +196,7 @@ class SegmentReader:
         for entry in entries:
             if isinstance(entry, Hole):
                 if self._explainer is None:
-                    table = table_at(self._directory, entry.first, storage=self._storage)
+                    table = table_at(self._directory, entry.first, storage=self._storage, before=True)
                     self._explainer = Explainer(table, self._find_open, self._wants)
                 self._explainer.reason = entry.reason
                 found.append(entry)
@@ -199,7 +210,8 @@ class SegmentReader:
         return found
 
     def _find_open(self, stream: int) -> StreamState | None:
-        return find_open(self._storage, self._directory, self.position, stream)
+        behind = self.position if self._file is None else self._file.first
+        return find_open(self._storage, self._directory, behind, stream)
 
 
 def find_open(storage: Storage, directory: Path, position: int, stream: int) -> StreamState | None:
@@ -219,21 +231,26 @@ def find_open(storage: Storage, directory: Path, position: int, stream: int) -> 
     return None
 
 
-def table_at(directory: Path, position: int, *, storage: Storage | None = None) -> StreamTable:
+def table_at(
+    directory: Path, position: int, *, storage: Storage | None = None, before: bool = False
+) -> StreamTable:
     """Return the account of all streams at a position: a checkpoint and the records behind it.
 
     Reads at most one segment, or more where checkpoints are damaged.
+
+    Args:
+        before: Where a segment begins at ``position``, do not trust its checkpoint, but what lies before.
     """
     while True:
         try:
-            return _table_at(storage or OsStorage(), directory, position)
+            return _table_at(storage or OsStorage(), directory, position, before=before)
         except FileNotFoundError:
             continue  # trimmed meanwhile: what is listed now begins later
 
 
-def _table_at(storage: Storage, directory: Path, position: int) -> StreamTable:
+def _table_at(storage: Storage, directory: Path, position: int, *, before: bool) -> StreamTable:
     firsts = list_segments(storage, directory)
-    last = bisect_right(firsts, position) - 1
+    last = (bisect_left if before else bisect_right)(firsts, position) - 1
     start = last
     table: StreamTable | None = None
     while start >= 0 and table is None:
@@ -265,9 +282,7 @@ def read_table(directory: Path, *, storage: Storage | None = None) -> StreamTabl
     return table_at(directory, _FOR_EVER, storage=storage)
 
 
-def segment_end(
-    storage: Storage, directory: Path, file: SegmentFile, firsts: list[int]
-) -> int | None:
+def segment_end(storage: Storage, directory: Path, file: SegmentFile, firsts: list[int]) -> int | None:
     """Return where the records of a segment end; None while it is the newest."""
     at = bisect_right(firsts, file.first)
     if at == len(firsts):

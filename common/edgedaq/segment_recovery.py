@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from edgedaq.delivery import StreamTable
@@ -45,8 +46,8 @@ _COPY_BYTES = 1 << 20
 class RecoveryReport:
     """What recovery found, for the log of events and for alarms.
 
-    ``holes`` are those within the kept records; ``cut_bytes`` counts what was taken off the end, valid records
-    that a cut at a hole took (``cut_records``) included. ``problems`` are sentences for a human.
+    ``holes`` are those within the kept records; ``cut_bytes`` counts what was taken off the end, valid
+    records that a cut at a hole took (``cut_records``) included. ``problems`` are sentences for a human.
     """
 
     kept_records: int = 0
@@ -133,8 +134,9 @@ def _recover(
 ) -> Recovered:
     start = _start_of_scan(files, scan_bytes)
     scan = _scan(storage, directory, files, start, None)
-    unproven = [hole for hole in scan.holes if hole.last > max(scan.proven, hole.first)]
-    if resends and unproven:
+    unproven = [hole for hole in scan.holes if hole.last > scan.proven]
+    is_cut = resends and bool(unproven)
+    if is_cut:
         whole = scan
         cut = unproven[0].first
         scan = _scan(storage, directory, files, start, cut)
@@ -162,13 +164,16 @@ def _recover(
         for at, file in enumerate(files)
     ]
     next_first = 0
-    may_continue = scan.is_clean
+    may_continue = False
     if segments:
         last = segments[-1]
         next_first = last.first + max(last.size, segment_bytes)
+        tail_bytes = 0 if is_cut else _tail_bytes(files[-1], last.end)
+        report.cut_bytes += tail_bytes
+        may_continue = scan.is_clean and not is_cut and not tail_bytes
         if not may_continue:
-            report.cut_bytes += _tail_bytes(files[-1], last.end)
             _truncate(storage, directory, last, report)
+    _make_durable(storage, directory, files[start:], report)
     return Recovered(segments, free, scan.table, scan.cursor, may_continue, next_first, report)
 
 
@@ -185,25 +190,32 @@ def _find_free(storage: Storage, directory: Path) -> list[FreeFile]:
 def _open_all(
     storage: Storage, directory: Path, free: list[FreeFile], report: RecoveryReport
 ) -> list[SegmentFile]:
-    """Open the segments in order; files that are none any more go to the free ones."""
+    """Open the segments in order; files that are none, or none any more, go to the free ones."""
     files: list[SegmentFile] = []
+    empty: list[SegmentFile] = []
     for first in list_segments(storage, directory):
         try:
             file = SegmentFile(storage, directory, first)
         except OSError as e:
             report.problems.append(f"{directory / file_name(first)}: cannot be opened: {e}")
             continue
-        if file.foreign is not None:
-            # Recycled, and the renaming lost by a power cut: whatever lay before it had been trimmed too.
-            for unused in [*files, file]:
-                free.append(FreeFile(unused.path, unused.size))
-                unused.close()
+        if file.foreign is not None and file.foreign.first > first:
+            # Recycled, and a power cut lost the new name: whatever lay before it had been trimmed too.
+            empty += [*files, file]
             files.clear()
-        elif not file.salt:
-            report.problems.append(f"{file.path}: no header and no records")
-            _set_aside(storage, file, report)
+        elif file.foreign is not None or not file.salt:
+            # Named, and a power cut lost the new header.
+            empty.append(file)
         else:
             files.append(file)
+    proven = max((file.header.durable for file in files if file.header is not None), default=0)
+    for file in empty:
+        if file.foreign is None and not file.salt and file.first < proven:
+            report.problems.append(f"{file.path}: was durable, and has neither a header nor records")
+            _set_aside(storage, file, report)
+        else:
+            free.append(FreeFile(file.path, file.size))
+            file.close()
     return files
 
 
@@ -223,9 +235,7 @@ def _known_end(files: list[SegmentFile], at: int) -> int:
     return files[at].first + files[at].size
 
 
-def _scan(
-    storage: Storage, directory: Path, files: list[SegmentFile], start: int, cut: int | None
-) -> _Scan:
+def _scan(storage: Storage, directory: Path, files: list[SegmentFile], start: int, cut: int | None) -> _Scan:
     """Read the segments from ``start`` on, up to ``cut`` when there is one."""
     scan = _Scan()
     explainer: Explainer | None = None
@@ -237,14 +247,16 @@ def _scan(
         if explainer is None:
             if checkpoint is not None:
                 scan.table, scan.cursor = checkpoint
-            first = file.first
-            explainer = Explainer(scan.table, lambda s, first=first: find_open(storage, directory, first, s))  # type: ignore[misc]
+            explainer = Explainer(scan.table, partial(find_open, storage, directory, file.first))
         elif checkpoint is not None:
             explainer.arrive(checkpoint[0])
         if file.header is not None:
             scan.proven = max(scan.proven, file.header.durable)
-            if at > start and file.header.previous != files[at - 1].first:
-                scan.holes.append(Hole(scan.ends[files[at - 1].first], file.begin, "missing"))
+        if at > start:
+            before = files[at - 1].first
+            if file.header is None or file.header.previous != before:
+                reason = "damaged" if file.header is None else "missing"
+                scan.holes.append(Hole(scan.ends[before], file.begin, reason))
         _scan_file(file, files, at, cut, scan, explainer)
     if explainer is not None:
         scan.unknown_count = explainer.unknown_count
@@ -319,6 +331,18 @@ def _truncate(storage: Storage, directory: Path, last: FoundSegment, report: Rec
         report.problems.append(f"{directory / file_name(last.first)}: cannot be cut: {e}")
 
 
+def _make_durable(
+    storage: Storage, directory: Path, files: list[SegmentFile], report: RecoveryReport
+) -> None:
+    """Make what was found hold: after a kill it may be in the page cache only."""
+    try:
+        for file in files:
+            storage.fdatasync(file.fd)
+        storage.sync_directory(directory)
+    except OSError as e:
+        report.problems.append(f"{directory}: what was found cannot be made durable: {e}")
+
+
 def _set_aside(storage: Storage, file: SegmentFile, report: RecoveryReport) -> None:
     """Take a whole file out of the log, kept for a human."""
     target = file.path.with_name(file.path.name + ".bad")
@@ -337,7 +361,9 @@ def _quarantine(storage: Storage, file: SegmentFile, hole: Hole, report: Recover
     if target.name in storage.names(directory):
         return
     if _bad_bytes(storage, directory) + hole.last - hole.first > BAD_BYTES_MAX:
-        report.problems.append(f"{target}: not written, {BAD_BYTES_MAX} bytes of damaged data are kept already")
+        report.problems.append(
+            f"{target}: not written, {BAD_BYTES_MAX} bytes of damaged data are kept already"
+        )
         return
     try:
         fd = storage.open(target, write=True, create=True)

@@ -108,12 +108,16 @@ class Resend(Message, frozen=True, kw_only=True):
 
 
 class Refused(Message, frozen=True, kw_only=True):
-    """A frame is refused for what it is; it is to be replaced by a GAP (an OPEN: the whole stream is dropped)."""
+    """A frame is refused for what it is; it is to be replaced by a GAP (an OPEN: the whole stream is dropped).
+
+    Its place is ``offset`` bytes behind ``position``; ``stream`` is 0 when nobody can tell whose it is.
+    """
 
     lane: Lane
     position: U64
     stream: U64
     seq: U64
+    offset: U64
     code: Word
     text: Text = ""
 

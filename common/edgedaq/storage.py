@@ -133,11 +133,11 @@ class OsStorage:
 
     def rename(self, source: Path, target: Path) -> None:
         """See ``Storage``."""
-        os.rename(source, target)
+        source.rename(target)
 
     def unlink(self, path: Path) -> None:
         """See ``Storage``."""
-        os.unlink(path)
+        path.unlink()
 
     def sync_directory(self, path: Path) -> None:
         """See ``Storage``."""
@@ -149,7 +149,7 @@ class OsStorage:
 
     def names(self, directory: Path) -> list[str]:
         """See ``Storage``."""
-        return os.listdir(directory)
+        return [path.name for path in directory.iterdir()]
 
     def free_bytes(self, directory: Path) -> int:
         """See ``Storage``."""

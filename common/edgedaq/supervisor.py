@@ -25,6 +25,7 @@ from typing import Any
 import zmq
 
 from edgedaq import lifecycle
+from edgedaq.claim_files import sweep_rings
 from edgedaq.clock import boot_id, mono_ns, utc_ns
 from edgedaq.control import ControlServer
 from edgedaq.lifecycle import State
@@ -48,12 +49,16 @@ _LEAVE_S = 9.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def _ignore_report(_: NodeReport) -> None:
+def _ignore_report(_: Supervisor, __: NodeReport) -> None:
     """Take a report and do nothing with it."""
 
 
 def _ignore_message(_: str, __: dict[str, Any]) -> None:
     """Take a worker's message and do nothing with it."""
+
+
+def _do_nothing() -> None:
+    """Do nothing at the end."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ class SupervisorSetup:
         role: ``agent``, ``aggregator`` or ``standalone``; for logs and ``status``.
         runtime_dir: Prepared, and locked by this process.
         plans: The workers, in the order of ``status``.
-        on_report: Called once a second with the account of all workers. Must not block.
+        on_report: Called once a second with the supervisor and the account of all workers. Must not block.
         on_message: Called with (unique id, message) for each message of a worker that is not about its life.
+        on_end: Called once, after the last report.
         facts: Added to ``status``: plain data, asked for at each request.
     """
 
@@ -75,8 +81,9 @@ class SupervisorSetup:
     version: str
     runtime_dir: Path
     plans: Sequence[WorkerPlan]
-    on_report: Callable[[NodeReport], None] = _ignore_report
+    on_report: Callable[[Supervisor, NodeReport], None] = _ignore_report
     on_message: Callable[[str, dict[str, Any]], None] = _ignore_message
+    on_end: Callable[[], None] = _do_nothing
     facts: Callable[[], Mapping[str, Any]] = field(default=dict)
 
 
@@ -108,9 +115,11 @@ class Supervisor:
         self._rates = {unique_id: _Rates() for unique_id in self._workers}
 
     def send(self, unique_id: str, message: dict[str, Any]) -> bool:
-        """Send a message to a worker; False if it is not there or did not take it. Never blocks."""
+        """Send a message to a worker that runs; False if it does not, or did not take it. Never blocks."""
         worker = self._workers.get(unique_id)
-        return worker is not None and worker.send(message)
+        if worker is None or worker.child.state not in (State.RUNNING, State.BLOCKED):
+            return False
+        return worker.send(message)
 
     def stop(self, reason: str) -> None:
         """Begin to stop everything in order; ``run`` returns when that is done. May be called again."""
@@ -139,9 +148,13 @@ class Supervisor:
             finally:
                 control.close()
                 self._leave()
+                setup.on_end()
         killed = [worker.plan.unique_id for worker in self._workers.values() if worker.child.has_process]
-        self._log.info("supervisor.ended", unkillable=killed or None)
-        return 1 if killed else 0
+        if killed:
+            self._log.error("supervisor.ended", reason=f"unkillable: {', '.join(killed)}")
+            return 1
+        self._log.info("supervisor.ended")
+        return 0
 
     def _turn(self, wakeup: socket.socket, control: ControlServer) -> None:
         poller = zmq.Poller()
@@ -215,7 +228,9 @@ class Supervisor:
         )
         for job in report.jobs:
             self._rates[job.job].take(job.total(), now_ns)
-        setup.on_report(report)
+        setup.on_report(self, report)
+        if not any(worker.plan.group == UPLINK for worker in self._workers.values()):
+            sweep_rings(setup.runtime_dir / "rings")
         self._tell_service_manager()
 
     def _tell_service_manager(self) -> None:

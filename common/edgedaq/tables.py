@@ -1,8 +1,8 @@
 """What ``status`` and the live views show: plain text, in at most ``WIDTH`` columns.
 
-``format_status`` is a pure function of the map that a supervisor answers to ``status``; what is not in the map is
-left out, and what is not known is shown as ``-``. ``LiveTable`` redraws such text in place in a terminal; where
-nobody looks (a pipe, a log) it writes one line per second instead.
+``format_status`` is a pure function of the map that a supervisor answers to ``status``; what is not in the
+map is left out, and what is not known is shown as ``-``. ``LiveTable`` redraws such text in place in a
+terminal; where nobody looks (a pipe, a log) it writes one line per second instead.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
-from edgedaq.stats import QuantileSketch
-from edgedaq.units import format_seconds
+from edgedaq.units import format_bytes, format_seconds
 
 __all__ = ["WIDTH", "LiveTable", "format_status", "summary_line", "table"]
 
@@ -33,9 +32,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, width: int =
     """
     cells = [[_text(value) for value in row] for row in rows]
     held = [list(row) for row in cells]
-    is_number = [
-        bool(held) and all(_is_number(row[index]) for row in held) for index in range(len(columns))
-    ]
+    is_number = [bool(held) and all(_is_number(row[index]) for row in held) for index in range(len(columns))]
     widths = [max(len(row[index]) for row in [list(columns), *held]) for index in range(len(columns))]
     while sum(widths) + 2 * (len(widths) - 1) > width:
         longest = max(
@@ -52,13 +49,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, width: int =
 
 def format_status(status: Mapping[str, Any], *, width: int = WIDTH) -> str:
     """Return all that a ``status`` answer says, as tables."""
-    parts = [_header(status)]
+    parts = [_text(_header(status))[:width]]
     jobs = [job for job in status.get("jobs", ()) if isinstance(job, dict)]
     statistics = status.get("statistics")
     rows = statistics if isinstance(statistics, dict) else {}
     if jobs:
         parts.append(table(_JOB_COLUMNS, [_job_cells(job) for job in jobs], width=width))
-        reasons = [f"{job.get('unique_id')}: {job['reason']}" for job in jobs if job.get("reason")]
+        reasons = [_text(f"{job.get('unique_id')}: {job['reason']}") for job in jobs if job.get("reason")]
         parts += ["\n".join(line[:width] for line in reasons)] if reasons else []
     for name, columns, cells in (
         ("uplink", _UPLINK_COLUMNS, _uplink_cells),
@@ -68,7 +65,7 @@ def format_status(status: Mapping[str, Any], *, width: int = WIDTH) -> str:
         if found:
             parts.append(table(columns, found, width=width))
     if rows.get("nodes"):
-        parts.append(table(_NODE_COLUMNS, [_node_cells(row) for row in rows["nodes"]], width=width))
+        parts.append(table(tuple(_NODE_CELLS), [_node_cells(row) for row in rows["nodes"]], width=width))
     if isinstance(status.get("ledger"), str) and status["ledger"]:
         parts.append(status["ledger"])
     return "\n\n".join(part for part in parts if part)
@@ -105,7 +102,7 @@ class LiveTable:
         self._line_due_s = 0.0
 
     def show(self, text: str, line: str) -> None:
-        """Show ``text`` in a terminal, cut to its height; elsewhere ``line``, if the last one is a second old."""
+        """Show ``text`` in a terminal, cut to fit it; elsewhere ``line``, if the last is a second old."""
         if not self._is_terminal:
             if time.monotonic() >= self._line_due_s:
                 self._line_due_s = time.monotonic() + 0.95
@@ -120,12 +117,34 @@ class LiveTable:
         self._stream.flush()
 
 
-_JOB_COLUMNS = ("job", "state", "pid", "restarts", "in/s", "out/s", "in", "out", "MiB out", "blocked", "cpu %")
+_JOB_COLUMNS = (
+    "job",
+    "state",
+    "pid",
+    "restarts",
+    "in/s",
+    "out/s",
+    "in",
+    "out",
+    "MiB out",
+    "blocked",
+    "cpu %",
+)
 _UPLINK_COLUMNS = ("uplink", "link", "in flight", "spool", "oldest waiting", "lost links")
 _STORE_COLUMNS = ("store", "state", "stored", "waiting", "lag", "files")
-_NODE_COLUMNS = (
-    "node", "alive", "arrived", "MiB/s", "stored", "waiting", "dropped", "p50 ms", "p99 ms", "spool MiB", "clock ms",
-)  # fmt: skip
+_NODE_CELLS = {
+    "node": "supervisor",
+    "alive": "is_alive",
+    "arrived": "message_in_count",
+    "MiB/s": "message_in_mb_per_s",
+    "stored": "stored_count",
+    "waiting": "waiting_count",
+    "dropped": "dropped_count",
+    "p50 ms": "latency_p50_ms",
+    "p99 ms": "latency_p99_ms",
+    "spool MiB": "spool_megabytes",
+    "clock ms": "clock_offset_ms",
+}
 
 
 def _header(status: Mapping[str, Any]) -> str:
@@ -157,6 +176,45 @@ def _job_cells(job: Mapping[str, Any]) -> list[Any]:
     ]
 
 
+def _uplink_cells(job: Mapping[str, Any]) -> list[Any]:
+    extra = _extra(job)
+    oldest_s = extra.get("oldest_unacknowledged_s")
+    return [
+        job.get("unique_id"),
+        extra.get("link"),
+        _bytes(extra.get("in_flight_bytes")),
+        _bytes(extra.get("spool_bytes")),
+        None if oldest_s is None else format_seconds(oldest_s),
+        extra.get("reconnect_count"),
+    ]
+
+
+def _store_cells(job: Mapping[str, Any]) -> list[Any]:
+    extra = _extra(job)
+    lag_s = extra.get("lag_s")
+    return [
+        job.get("unique_id"),
+        extra.get("state"),
+        extra.get("stored_rows"),
+        _bytes(extra.get("lag_bytes")),
+        None if lag_s is None else format_seconds(lag_s),
+        extra.get("files"),
+    ]
+
+
+def _node_cells(row: Mapping[str, Any]) -> list[Any]:
+    return [row.get(key) for key in _NODE_CELLS.values()]
+
+
+def _extra(job: Mapping[str, Any]) -> Mapping[str, Any]:
+    extra = (job.get("total") or {}).get("extra")
+    return extra if isinstance(extra, dict) else {}
+
+
+def _bytes(count: Any) -> str | None:
+    return format_bytes(count) if isinstance(count, int) else None
+
+
 def _rate(job: Mapping[str, Any], name: str) -> float:
     value = (job.get("rates") or {}).get(name)
     return value if isinstance(value, int | float) else 0.0
@@ -169,7 +227,9 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         size = abs(value)
-        return f"{value:.0f}" if size >= 100 or value == 0 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
+        return (
+            f"{value:.0f}" if size >= 100 or value == 0 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
+        )
     return "".join(char if char.isprintable() else "?" for char in str(value))
 
 

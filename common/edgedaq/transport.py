@@ -49,7 +49,6 @@ __all__ = [
     "SILENCE_LIMIT_S",
     "WINDOW_BYTES",
     "DataHeader",
-    "Endpoint",
     "backoff_s",
     "check_address",
     "pack_data_header",
@@ -61,7 +60,7 @@ __all__ = [
 PART_BYTES = 1 << 20
 """What there is to send is joined up to this; only a single frame may be larger."""
 
-MAX_PART_BYTES = MAX_FRAME_BYTES
+MAX_PART_BYTES = MAX_FRAME_BYTES + PART_BYTES
 """No part of any message is larger; libzmq cuts the connection of who tries."""
 
 WINDOW_BYTES = 8 << 20
@@ -84,7 +83,7 @@ _BACKOFF_LIMIT_S = 5.0
 _KEEPALIVE_IDLE_S = 20
 _KEEPALIVE_INTERVAL_S = 5
 _KEEPALIVE_COUNT = 3
-_ADDRESS = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:/]+):(?P<port>[0-9]{1,5}|\*)\Z")
+_ADDRESS = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:/]+):(?P<port>[0-9]{1,5})\Z")
 
 
 class DataHeader(NamedTuple):
@@ -93,21 +92,8 @@ class DataHeader(NamedTuple):
     lane: int
     flags: int
     position: int
-    count: int
+    frame_count: int
     part_bytes: int
-
-
-class Endpoint(NamedTuple):
-    """A checked address; ``port`` is 0 for "any free one"."""
-
-    host: str
-    port: int
-
-    @property
-    def address(self) -> str:
-        """Return it as libzmq reads it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"tcp://{host}:{self.port or '*'}"
 
 
 def pack_data_header(lane: int, flags: int, position: int, count: int, part_bytes: int) -> bytes:
@@ -139,34 +125,34 @@ def unpack_data_header(header: bytes) -> DataHeader:
     return DataHeader(lane, flags, position, count, part_bytes)
 
 
-def check_address(what: str, address: str, *, listens: bool) -> Endpoint:
-    """Return the endpoint of a configured address such as ``tcp://127.0.0.1:5555``.
-
-    Until sessions are authenticated by keys, only addresses of this machine itself are allowed.
+def check_address(what: str, address: str, *, listens: bool = False, has_keys: bool = False) -> str:
+    """Return a configured address such as ``tcp://127.0.0.1:7770`` as libzmq is to get it.
 
     Args:
         what: File and key, for the message.
-        listens: Whether port 0 (or ``*``: any free port) makes sense.
+        listens: Whether to listen there; port 0 then means any free one.
+        has_keys: Whether sessions are encrypted and authenticated; without, they stay on this machine.
 
     Raises:
-        ConfigError: It is no such address, or one that another machine could reach.
+        ConfigError: It is no such address, or plain text would leave this machine.
     """
     match = _ADDRESS.match(address)
     if match is None:
-        message = f"{what} must be tcp://HOST:PORT, e.g. tcp://127.0.0.1:5555, got {address!r}"
+        message = f"{what} must be tcp://HOST:PORT, e.g. tcp://127.0.0.1:7770, got {address!r}"
+        raise ConfigError(message)
+    port = int(match["port"])
+    first = 0 if listens else 1
+    if not first <= port <= 0xFFFF:
+        message = f"{what} must have a port from {first} to 65535, got {port} in {address!r}"
         raise ConfigError(message)
     host = match["host"].strip("[]")
-    port = 0 if match["port"] == "*" else int(match["port"])
-    if port > 0xFFFF or (port == 0 and not listens):
-        message = f"{what}: the port must be {0 if listens else 1} to 65535, got {match['port']}"
-        raise ConfigError(message)
-    if not _is_loopback(host):
+    if not has_keys and not _is_loopback(host):
         message = (
-            f"{what} must be an address of this machine itself (127.0.0.1, ::1 or localhost) as long as "
-            f"sessions have no keys, got {host!r}"
+            f"{what} must be an address of this machine alone (127.0.0.1, ::1 or localhost) as long as "
+            f"sessions have no keys, got {address!r}"
         )
         raise ConfigError(message)
-    return Endpoint("127.0.0.1" if host == "localhost" else host, port)
+    return f"tcp://127.0.0.1:{port}" if host == "localhost" else address
 
 
 def backoff_s(attempt: int, chance: float) -> float:
@@ -179,11 +165,11 @@ def backoff_s(attempt: int, chance: float) -> float:
     Returns:
         Seconds, from 0.1 to 5; hundreds of agents that lost one aggregator spread over all of it.
     """
-    limit_s = min(_BACKOFF_LIMIT_S, _BACKOFF_FIRST_S * 2 ** min(attempt + 1, 16))
+    limit_s: float = min(_BACKOFF_LIMIT_S, _BACKOFF_FIRST_S * 2 ** min(attempt + 1, 16))
     return _BACKOFF_FIRST_S + chance * (limit_s - _BACKOFF_FIRST_S)
 
 
-def set_dealer_options(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
+def set_dealer_options(socket: zmq.Socket[bytes], endpoint: str) -> None:
     """Set what the DEALER of a session needs, before it connects.
 
     It never reconnects by itself: what libzmq had queued for the old connection would be lost without a word.
@@ -193,13 +179,13 @@ def set_dealer_options(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
     socket.setsockopt(zmq.RECONNECT_IVL, -1)
 
 
-def set_router_options(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
+def set_router_options(socket: zmq.Socket[bytes], endpoint: str) -> None:
     """Set what the ROUTER of an intake needs, before it binds."""
     _set_common(socket, endpoint)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
 
 
-def _set_common(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
+def _set_common(socket: zmq.Socket[bytes], endpoint: str) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_PART_BYTES)
     socket.setsockopt(zmq.HANDSHAKE_IVL, int(SILENCE_LIMIT_S * 1000))
@@ -207,7 +193,7 @@ def _set_common(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_IDLE_S)
     socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, _KEEPALIVE_INTERVAL_S)
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, _KEEPALIVE_COUNT)
-    if ":" in endpoint.host:
+    if "[" in endpoint:
         socket.setsockopt(zmq.IPV6, 1)
 
 

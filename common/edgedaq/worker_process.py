@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from edgedaq import lifecycle
+from edgedaq.claim_files import withdraw_claim
 from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import WireError
-from edgedaq.inlet import withdraw_claim
 from edgedaq.lifecycle import Action, Event, State
 from edgedaq.link import Link, LinkClosed
 from edgedaq.policy import Policy

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 from edgedaq.errors import WireError
@@ -285,3 +287,10 @@ def test_the_last_row_sums_what_is_known():
 def test_kept_totals_that_are_not_what_was_kept_are_refused(kept):
     with pytest.raises(WireError):
         Merge.from_map(kept)
+
+
+def test_the_page_on_statistics_defines_every_column_in_order():
+    text = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text()
+    jobs, nodes = text.split("## stats_remote.csv")
+    assert tuple(re.findall(r"^\| `(\w+)` \|", jobs, re.MULTILINE)) == JOB_COLUMNS
+    assert tuple(re.findall(r"^\| `(\w+)` \|", nodes, re.MULTILINE)) == NODE_COLUMNS

@@ -124,6 +124,14 @@ def test_the_intake_and_the_stores_tell_through_this_aggregators_own_report(tmp_
     assert (row["message_in_count"], row["stored_count"], row["is_alive"]) == ("4", "3", "true")
 
 
+def test_a_node_that_calls_itself_like_the_aggregator_does_not_replace_its_account(tmp_path):
+    statistics = Statistics(tmp_path, tmp_path / "state")
+    statistics.take_own(report(1, node="hub", count=5))
+    with pytest.raises(WireError, match="own supervisor_id"):
+        statistics.take(report(1, node="hub", life="other", count=9).to_map())
+    assert [row["message_out_count"] for row in statistics.status()["jobs"]] == [5]
+
+
 def test_files_are_written_once_a_second_not_at_every_call(tmp_path):
     statistics = Statistics(tmp_path, tmp_path / "state")
     due_ns = statistics.service()

@@ -30,7 +30,7 @@ class Proxy:
         self._flip_every_bytes = flip_every_bytes
         self._until_flip = flip_every_bytes
         self._random = random.Random(seed)
-        self._is_cut = False
+        self._is_cut = self._is_mute = False
         self._selector = selectors.DefaultSelector()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -45,9 +45,13 @@ class Proxy:
         self._is_cut = True
         self._wake_in.send(b"c")
 
+    def mute(self) -> None:
+        """Swallow what the target answers, until ``mend``: what arrives is not acknowledged."""
+        self._is_mute = True
+
     def mend(self) -> None:
-        """Let new connections pass again."""
-        self._is_cut = False
+        """Let new connections and all answers pass again."""
+        self._is_cut = self._is_mute = False
 
     def close(self) -> None:
         """Break everything and end the thread."""
@@ -99,7 +103,10 @@ class Proxy:
         try:
             chunk = source.recv(_CHUNK)
             if chunk:
-                self._pairs[source].sendall(self._damaged(chunk) if source in self._towards else chunk)
+                if source in self._towards:
+                    self._pairs[source].sendall(self._damaged(chunk))
+                elif not self._is_mute:
+                    self._pairs[source].sendall(chunk)
                 return
         except OSError:
             pass

@@ -19,7 +19,7 @@ timestamp    UTC    trigger time
 baseline     ADC    mean of the samples before the pretrigger point
 amplitude    ADC    largest sample above the baseline
 charge       ADC ns sum of samples above the baseline, times ``sampling_ns``
-n_pulses     1      rising crossings of five times the noise that a fall below half of it separates
+n_pulses     1      rises above 8 times the noise, separated by falls below 3 times the noise
 is_clipped   bool   some sample is at the end of the ADC's range
 ============ ====== =====================================================================================
 
@@ -205,7 +205,7 @@ class Detector:
 
     def _baseline_adc(self) -> float:
         config = self._config
-        self._walk_adc = 0.98 * self._walk_adc + self._random.gauss(0, 0.14 * config.baseline_wander_adc)
+        self._walk_adc = 0.98 * self._walk_adc + self._random.gauss(0, 0.2 * config.baseline_wander_adc)
         self._phase += 0.01
         return config.baseline_adc + self._walk_adc + 0.5 * config.baseline_wander_adc * math.sin(self._phase)
 
@@ -237,8 +237,8 @@ def measure(
     baseline = sum(samples[:pretrigger_samples]) / pretrigger_samples
     high = max(samples)
     charge = (sum(samples) - baseline * len(samples)) * sampling_ns
-    rising = baseline + 5 * (noise_adc or 1.0)
-    falling = baseline + 2.5 * (noise_adc or 1.0)
+    rising = baseline + 8 * (noise_adc or 1.0)
+    falling = baseline + 3 * (noise_adc or 1.0)
     n_pulses = 0
     is_armed = True
     for sample in samples:

@@ -18,6 +18,7 @@ The file ``commits.log`` has its full length from the start (a growing file cost
 
 The first record is the whole state, each later one what changed. Payload::
 
+    store     str         its key in store_config
     position  int | nil   the journal is consumed up to here (exclusive)
     clean     bool        written at an orderly end: a longer file was then made longer by someone else
     files     {path below out_dir: [end, start, digest, header, owner, sealed]}
@@ -26,6 +27,8 @@ The first record is the whole state, each later one what changed. Payload::
                           the stream of a file that holds only one (0: shared); sealed: it is left alone
     streams   {16 hex: account}   the fields of ``StreamState`` from next_seq on
     opens     {16 hex: frame}     OPEN of streams that are new in this record
+
+A file that has no mark is declared, with what it holds already, before the first byte is written to it.
 
 When the file is full, or is opened, the state is written to a new file, which replaces it by rename. A valid
 record behind a damaged one makes ``damage`` say so: watermarks may then be older than the files, and nothing
@@ -36,23 +39,23 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-
-from xxhash import xxh3_64_intdigest
 
 from edgedaq.delivery import StreamState, StreamTable
 from edgedaq.errors import WireError
 from edgedaq.frame import pack_map, unpack_map
 from edgedaq.storage import Storage, write_all
+from xxhash import xxh3_64_intdigest
 
 __all__ = ["LOG_NAME", "Change", "CommitLog", "CommitState", "FileMark", "read_commits"]
 
 LOG_NAME = "commits.log"
 LOG_BYTES = 1 << 20
 FILES_MAX = 4096
-"""Beyond this the marks of the files written longest ago are forgotten; needed again, such a file is adopted."""
+"""Beyond this, marks of the files written longest ago are forgotten; needed again, such a file is adopted."""
 
 _MAGIC = b"EDQCMT01"
 _HEADER_BYTES = 64
@@ -87,6 +90,7 @@ class Change:
 class CommitState:
     """Everything that is committed."""
 
+    store: str = ""
     position: int | None = None
     clean: bool = True
     files: dict[str, FileMark] = field(default_factory=dict)
@@ -118,24 +122,27 @@ class CommitState:
 class CommitLog:
     """The log of one store; the directory is this process's alone while it is open.
 
-    ``append`` and ``close`` are for one thread at a time.
+    ``append`` and ``declare`` may be called from two threads.
 
     Args:
         directory: Made if it is absent.
+        store: Key in ``store_config`` of the streams that it accounts for.
 
     Raises:
         BlockingIOError: Another process has it.
         OSError: It cannot be read or written.
     """
 
-    def __init__(self, directory: Path, storage: Storage) -> None:
+    def __init__(self, directory: Path, store: str, storage: Storage) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._storage = storage
         self._fd = -1
+        self._turn = threading.Lock()
         self._lock = storage.lock(directory / "lock")
         try:
             self.state, self.damage = _load(directory / LOG_NAME, storage)
+            self.state.store = store
             if self.damage:
                 storage.rename(directory / LOG_NAME, directory / f"{LOG_NAME}.bad")
             self._known = {*self.state.table.streams, *self.state.table.tombstones}
@@ -149,6 +156,25 @@ class CommitLog:
 
         After an error the log must be closed and opened again.
         """
+        with self._turn:
+            self._append(change)
+
+    def declare(self, path: str, mark: FileMark) -> None:
+        """Make durable, before the first byte is written, what a file holds that has no mark yet.
+
+        Without it, uncommitted rows in a new file could not be told from somebody's own.
+        """
+        with self._turn:
+            self._append(Change(self.state.position, {path: mark}))
+
+    def close(self) -> None:
+        """Give the directory back; commits nothing."""
+        for fd in (self._fd, self._lock):
+            if fd >= 0:
+                self._storage.close(fd)
+        self._fd = self._lock = -1
+
+    def _append(self, change: Change) -> None:
         record = self._record(change)
         if self._end + len(record) > self._size:
             self.state.apply(change)
@@ -161,13 +187,6 @@ class CommitLog:
         self._number += 1
         self._known.update(account.stream for account in change.accounts)
 
-    def close(self) -> None:
-        """Give the directory back; commits nothing."""
-        for fd in (self._fd, self._lock):
-            if fd >= 0:
-                self._storage.close(fd)
-        self._fd = self._lock = -1
-
     def _record(self, change: Change) -> bytes:
         opens = {
             f"{account.stream:016x}": account.open_raw
@@ -176,6 +195,7 @@ class CommitLog:
         }
         payload = pack_map(
             {
+                "store": self.state.store,
                 "position": change.position,
                 "clean": change.clean,
                 "files": {path: None if mark is None else list(mark) for path, mark in change.files.items()},
@@ -238,8 +258,10 @@ def _load(path: Path, storage: Storage) -> tuple[CommitState, str]:
     finally:
         storage.close(fd)
     head = bytes(image[:16])
-    if len(image) < _HEADER_BYTES or head[:8] != _MAGIC or int.from_bytes(image[16:24], "little") != (
-        xxh3_64_intdigest(head)
+    if (
+        len(image) < _HEADER_BYTES
+        or head[:8] != _MAGIC
+        or int.from_bytes(image[16:24], "little") != (xxh3_64_intdigest(head))
     ):
         return state, "the header is damaged"
     salt = head[8:16]
@@ -299,6 +321,7 @@ def _apply_payload(state: CommitState, payload: dict[str, object]) -> None:
         and isinstance(opens, dict)
     ):
         return
+    state.store = str(payload.get("store", ""))
     change = Change(position, clean=payload.get("clean") is True)
     for path, mark in files.items():
         if mark is None:
@@ -312,4 +335,3 @@ def _apply_payload(state: CommitState, payload: dict[str, object]) -> None:
         if [type(value) for value in values] == list(_ACCOUNT_TYPES):
             change.accounts.append(StreamState(stream, open_raw, *values))
     state.apply(change)
-

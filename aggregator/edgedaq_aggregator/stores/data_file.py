@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import xxhash
-
 from edgedaq.storage import Storage, write_all
+
 from edgedaq_aggregator.stores.commits import FileMark
 
 __all__ = ["Buffer", "Compressor", "DataFile"]
@@ -32,7 +32,15 @@ class DataFile:
     """
 
     def __init__(
-        self, path: Path, name: str, fd: int, *, size: int, header: int, owner: int, compress: Compressor | None
+        self,
+        path: Path,
+        name: str,
+        fd: int,
+        *,
+        size: int,
+        header: int,
+        owner: int,
+        compress: Compressor | None,
     ) -> None:
         self.path = path
         self.name = name

@@ -1,18 +1,18 @@
 """The files that a file store appends to, and which name rows go to.
 
-A data file belongs to one process (flock) and is only ever appended to, at the length that this process knows.
-Whoever else touches it does so at any time, so before the first append after each commit it is compared with what
-is known, and:
+A data file belongs to one process (flock) and is only ever appended to, at the length that this process
+knows. Anyone else may touch it at any time, so before the first append after each commit it is compared with
+what is known, and if it was:
 
-============================ =======================================================================
+============================ ==============================================================================
 moved away or deleted        a warning; it is complete as it is, rows go on in a new file of its name
-longer than written          a warning; it is left alone (sealed), rows go on in ``name.2.csv``
-shorter than written         an error that says what is lost; renamed to ``name.csv.1.bad``, then as if moved away
-============================ =======================================================================
+made longer than written     a warning; it is left alone (sealed), rows go on in ``name.2.csv``
+made shorter than written    an error that says what is lost; renamed to ``name.csv.1.bad``, as if moved away
+============================ ==============================================================================
 
-Recovery cuts a file that is longer than its commit record back to it, after checking that the bytes of the last
-commit are those that were recorded; where they are not, it is another file, and is left alone. After an orderly
-end nothing is cut: what is longer was made so by someone else.
+Recovery cuts a file that is longer than its commit record back to it, after checking that the bytes of the
+last commit are those that were recorded; where they are not, it is another file, and is left alone. After an
+orderly end nothing is cut: what is longer was made so by someone else.
 
 Names: ``<out_dir>/<node>/<parents>/<date>_<stem>.<n><suffix>``. Directories are made; a symbolic link below
 ``out_dir`` is never followed.
@@ -22,16 +22,16 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import structlog
 import xxhash
-
-from edgedaq.clock import utc_date
 from edgedaq.errors import ConfigError, StoreError
 from edgedaq.names import check_name
 from edgedaq.storage import Storage
 from edgedaq.store_config import check_file_path
+
 from edgedaq_aggregator.stores.commits import FileMark
 from edgedaq_aggregator.stores.data_file import Compressor, DataFile
 
@@ -39,6 +39,7 @@ __all__ = ["DataFiles", "PathRefusedError"]
 
 OPEN_FILES_MAX = 256
 _NUMBERS_MAX = 1000
+_MARKS = re.compile(r"_marks(\.[a-z0-9]+)*\.csv\Z")
 _CHECK_BYTES = 1 << 22
 _REFUSALS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EILSEQ)
 
@@ -53,9 +54,17 @@ class DataFiles:
     Args:
         out_dir: Made if it is absent; may itself be a symbolic link.
         marks: What is committed, by path below ``out_dir``; changed here as files are sealed or forgotten.
+        declare: Makes the first mark of a file durable, before anything is written to it.
     """
 
-    def __init__(self, out_dir: Path, marks: dict[str, FileMark], storage: Storage) -> None:
+    def __init__(
+        self,
+        out_dir: Path,
+        marks: dict[str, FileMark],
+        storage: Storage,
+        declare: Callable[[str, FileMark], None],
+    ) -> None:
+        self._declare = declare
         self._out_dir = out_dir
         self._storage = storage
         self._marks = marks
@@ -63,10 +72,12 @@ class DataFiles:
         self._open: dict[str, DataFile] = {}
         self._new_directories: set[Path] = set()
         self._clock = 0
+        self._adopts = True
         self._log = structlog.get_logger().bind(out_dir=str(out_dir))
 
     def recover(self, *, is_clean: bool, is_damaged: bool) -> None:
         """Make every file what its mark says, or put it aside."""
+        self._adopts = not is_damaged
         for name, mark in list(self._marks.items()):
             path = self._out_dir / name
             if mark.sealed:
@@ -76,8 +87,7 @@ class DataFiles:
             elif mark.owner:
                 self._recover_owned(name, path, mark)
             elif path.is_symlink() or not path.exists():
-                self._log.warning("file.moved", path=name, committed_bytes=mark.end)
-                self._forget(name)
+                self._forget_moved(name, mark)
             elif path.stat().st_size < mark.end:
                 self._quarantine(name, path, mark.end, path.stat().st_size)
             elif path.stat().st_size > mark.end:
@@ -88,27 +98,29 @@ class DataFiles:
         node: str,
         file_path: str,
         *,
-        date_ns: int | None = None,
+        date: str = "",
         suffix: str = "",
         header: bytes = b"",
         compress: Compressor | None = None,
         owner: int = 0,
+        is_ours: bool = False,
     ) -> DataFile:
         """Return the file that rows go to, open, and still the one that is known.
 
         Args:
-            date_ns: A UTC time whose date prefixes the name; None: no date.
+            date: Prefixes the name; empty: no date.
             suffix: Added at the end unless it is there, e.g. ``.zst``.
             header: First line of the file; other columns go to another file. Empty: none.
             owner: The stream that the file is to hold alone, replacing an older file; 0: shared.
+            is_ours: The name was not asked for by a stream; only then may it be that of marks.
 
         Raises:
             PathRefusedError: There is no file to be had there, now or later.
             OSError: There may be later.
         """
-        directory, base = self._resolve(node, file_path)
-        if date_ns is not None:
-            base = f"{utc_date(date_ns)}_{base}"
+        directory, base = self._resolve(node, file_path, is_ours=is_ours)
+        if date:
+            base = f"{date}_{base}"
         if suffix and not base.endswith(suffix):
             base += suffix
         digest = xxhash.xxh3_64_intdigest(header) if header else 0
@@ -123,8 +135,12 @@ class DataFiles:
         message = f"{node}: {file_path}: all of {_NUMBERS_MAX} numbers are taken"
         raise PathRefusedError(message)
 
+    def is_recorded(self, node: str, file_path: str) -> bool:
+        """Tell whether a file of this name is known from earlier commits."""
+        return f"{node}/{file_path}" in self._marks
+
     def is_usable(self, file: DataFile) -> bool:
-        """Tell whether a file that was located may be appended to; if not, ``locate`` finds where to go on."""
+        """Tell whether a located file may be appended to; if not, ``locate`` finds where to go on."""
         if file.is_checked:
             return True
         if file.is_gone:
@@ -136,7 +152,7 @@ class DataFiles:
         return False
 
     def changes(self) -> tuple[dict[str, FileMark | None], list[DataFile], set[Path]]:
-        """Flush everything and return what the next commit records: marks, files to sync, directories to sync."""
+        """Flush everything; return what a commit records, and the files and directories to sync before it."""
         dirty = [file for file in self._open.values() if file.is_dirty or file.is_fresh]
         for file in dirty:
             file.flush(self._storage)
@@ -149,12 +165,14 @@ class DataFiles:
         directories, self._new_directories = self._new_directories, set()
         return changes, dirty, directories
 
-    def dirty_files(self) -> list[DataFile]:
-        """Return the files that were appended to since the last commit."""
-        return [file for file in self._open.values() if file.is_dirty]
-
-    def trim(self) -> None:
-        """Close the files used longest ago beyond ``OPEN_FILES_MAX``."""
+    def committed(self, files: Sequence[DataFile]) -> None:
+        """Be told that the files of ``changes`` are durable; closes those used longest ago."""
+        for file in files:
+            file.pins -= 1
+            if file.replaces is not None:
+                file.path, file.replaces = file.replaces, None
+            if file.is_gone and not file.pins:
+                self._close_file(file)
         if len(self._open) <= OPEN_FILES_MAX:
             return
         idle = [file for file in self._open.values() if not file.pins and not file.is_dirty]
@@ -163,15 +181,21 @@ class DataFiles:
             self._drop(file)
 
     def close(self) -> None:
-        """Close all files as they are."""
+        """Close all files as they are; no commit is under way."""
         for file in list(self._open.values()):
+            file.pins = 0
             self._drop(file)
 
-    def _resolve(self, node: str, file_path: str) -> tuple[Path, str]:
+    def _resolve(self, node: str, file_path: str, *, is_ours: bool) -> tuple[Path, str]:
         try:
-            parts = PurePosixPath(check_name("node", node), check_file_path(file_path)).parts
+            parts = PurePosixPath(
+                check_name("node", node), file_path if is_ours else check_file_path(file_path)
+            ).parts
         except ConfigError as e:
             raise PathRefusedError(str(e)) from e
+        if not is_ours and _MARKS.match(parts[-1]):
+            message = f"{parts[-1]} is the name of a file of marks"
+            raise PathRefusedError(message)
         directory = self._out_dir
         directory.mkdir(parents=True, exist_ok=True)
         for part in parts[:-1]:
@@ -197,8 +221,7 @@ class DataFiles:
         if mark is not None and (mark.sealed or mark.header != digest or mark.owner):
             return None
         if mark is not None and not path.exists():
-            self._log.warning("file.moved", path=name, committed_bytes=mark.end)
-            self._forget(name)
+            self._forget_moved(name, mark)
             mark = None
         if path.is_symlink() or (path.exists() and not path.is_file()):
             return None
@@ -216,8 +239,13 @@ class DataFiles:
             return None
         if file.size:
             self._log.info("file.adopted", path=name, found_bytes=file.size)
-        file.is_fresh = True
+        self._declare_file(file)
         return file
+
+    def _declare_file(self, file: DataFile) -> None:
+        mark = FileMark(file.size, file.size, 0, file.header)
+        self._declare(file.name, mark)
+        self._marks[file.name] = mark
 
     def _open_file(
         self, path: Path, name: str, digest: int, compress: Compressor | None, owner: int = 0
@@ -244,7 +272,7 @@ class DataFiles:
     def _own(
         self, directory: Path, base: str, digest: int, compress: Compressor | None, owner: int
     ) -> DataFile:
-        """Return the file of one stream: the one that it has, or a new one that will replace what is there."""
+        """Return the file of one stream: the one that it has, or one that will replace what is there."""
         path = directory / base
         name = str(path.relative_to(self._out_dir))
         file = self._open.get(name)
@@ -288,8 +316,8 @@ class DataFiles:
 
     def _is_adoptable(self, file: DataFile, header: bytes) -> bool:
         """Tell whether a file without a mark can be continued: the same first line, and a whole last one."""
-        if not header:
-            return True
+        if not header or not self._adopts:
+            return self._adopts
         first = self._storage.pread(file.fd, len(header), 0)
         return first == header and self._storage.pread(file.fd, 1, file.size - 1) == b"\n"
 
@@ -310,7 +338,7 @@ class DataFiles:
             self._storage.close(fd)
 
     def _recover_owned(self, name: str, path: Path, mark: FileMark) -> None:
-        """A replacing file may have got its name without a record: then its stream comes again, and replaces it."""
+        """A replacing file may have its name without a record: its stream comes again, and replaces it."""
         if path.is_symlink() or not path.exists():
             self._forget(name)
             return
@@ -324,6 +352,8 @@ class DataFiles:
             self._storage.close(fd)
 
     def _holds(self, fd: int, mark: FileMark) -> bool:
+        if mark.start == mark.end:
+            return True
         digest = xxhash.xxh3_64()
         for at in range(mark.start, mark.end, _CHECK_BYTES):
             digest.update(self._storage.pread(fd, min(_CHECK_BYTES, mark.end - at), at))
@@ -333,6 +363,11 @@ class DataFiles:
         mark = self._marks.get(name, FileMark(0))._replace(sealed=True)
         self._marks[name] = self._changes[name] = mark
         self._log.warning("file.sealed", path=name, reason=reason)
+
+    def _forget_moved(self, name: str, mark: FileMark) -> None:
+        if mark.end:
+            self._log.warning("file.moved", path=name, committed_bytes=mark.end)
+        self._forget(name)
 
     def _forget(self, name: str) -> None:
         self._marks.pop(name, None)
@@ -358,14 +393,11 @@ class DataFiles:
         file.is_gone, file.is_checked = True, False
         if self._open.get(file.name) is file:
             del self._open[file.name]
-        if file.fd >= 0 and not file.pins:
-            self._storage.close(file.fd)
-            file.fd = -1
+        if not file.pins:
+            self._close_file(file)
 
-    def unpin(self, file: DataFile) -> None:
-        """Tell that a commit is through with a file."""
-        file.pins -= 1
-        if file.is_gone and not file.pins and file.fd >= 0:
+    def _close_file(self, file: DataFile) -> None:
+        if file.fd >= 0:
             self._storage.close(file.fd)
             file.fd = -1
 

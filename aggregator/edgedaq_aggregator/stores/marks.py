@@ -1,13 +1,17 @@
 """Marks: what is stored about data rather than data.
 
-They go to ``<out_dir>/<node>/_marks.csv`` (those of the CSV store) or ``_marks.<key>.csv`` (those of another: one
-file has one writer), in the same commit as the data that they stand between::
+They go to ``<out_dir>/<node>/_marks.csv`` (those of the CSV store) or ``_marks.<key>.csv`` (those of another:
+one file has one writer), in the same commit as the data that they stand between::
 
     time        ISO 8601 UTC of the data before it, empty when there is none
     node, job, life, stream, tag
-    kind        gap | lost | close | start | stop | refused
+    kind        gap         dropped or lost before it came here; the reason says where
+                refused     could not be stored for what it is; set aside in the state directory
+                close       the stream has ended, and perhaps not all of it came
+                start, stop run boundaries
+                redirected  the stream's own file could not be had; the reason says where its rows are
     first_seq, last_seq    the frames it speaks of
-    rows        how many rows are missing (gap, lost, refused); empty: nobody knows
+    rows        how many rows are missing; empty: nobody knows
     reason      text
 """
 

@@ -1,0 +1,454 @@
+"""What the uplink does, one step of its poll loop after the other.
+
+All of a ``Carrier`` is used by one thread, except ``report`` and ``take_node_report``, which another may call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+from edgedaq.bad_files import BadFiles
+from edgedaq.clock import mono_ns, utc_ns
+from edgedaq.errors import WireError
+from edgedaq.frame import MAX_FRAME_BYTES, Frame, count_rows, length_at
+from edgedaq.inlet import Inlet, RingView, Run
+from edgedaq.lane import Entry, FromMemory, FromSpool, Lane, Release
+from edgedaq.logsetup import get_logger
+from edgedaq.session_messages import Ack, Hello, Refused, Report, Resend
+from edgedaq.transport import FLAG_REPLAY, PART_BYTES, pack_data_header
+
+from edgedaq_agent.repair import Repair
+from edgedaq_agent.session import LaneMessage, Session
+from edgedaq_agent.spool import Spool, whole_frames
+
+__all__ = ["Carrier", "CarrierOptions"]
+
+_SCAN_NS = 100_000_000
+_SAVE_NS = 1_000_000_000
+_REPORT_NS = 500_000_000
+_RETRY_NS = 200_000_000
+_PARTS_PER_STEP = 16
+_STUCK_MAX = 20
+_ACKS_WITHIN_NS = 2_000_000_000
+_DRAIN_WITHIN_NS = 4_500_000_000
+_DATA_LANE = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CarrierOptions:
+    """What the uplink was configured to."""
+
+    address: str
+    topics: Sequence[str]
+    spool_after_ns: int
+    spool_limit_bytes: int
+    spool_reserve_bytes: int
+
+
+class Carrier:
+    """Rings, lane, spool and session of one node. A context manager.
+
+    Raises:
+        LogError: The spool cannot be opened.
+    """
+
+    def __init__(
+        self,
+        options: CarrierOptions,
+        hello: Hello,
+        *,
+        rings_dir: Path,
+        state_dir: Path,
+        context: zmq.Context[Any],
+        took: Callable[[int, int], object],
+    ) -> None:
+        self._took = took
+        self._options = options
+        self._log = get_logger()
+        self._stack = ExitStack()
+        self._bad = BadFiles(state_dir / "bad")
+        with self._stack:
+            self._spool = self._stack.enter_context(
+                Spool(
+                    state_dir / "spool" / "data",
+                    limit_bytes=options.spool_limit_bytes,
+                    reserve_bytes=options.spool_reserve_bytes,
+                    bad=self._bad,
+                    open_of=_open_of,
+                )
+            )
+            self._inlet = self._stack.enter_context(
+                Inlet(rings_dir, "uplink", options.topics, retire=True, context=context)
+            )
+            self._session = self._stack.enter_context(Session(options.address, hello, context))
+            self._stack = self._stack.pop_all()
+        self._lane = Lane(
+            self._spool.acked,
+            self._spool.end,
+            spool_after_ns=options.spool_after_ns,
+            crowded_after_ns=options.spool_after_ns // 8,
+            part_bytes=PART_BYTES,
+        )
+        self._note_backlog()
+        self._repair = Repair()
+        self._poller = zmq.Poller()
+        self._polled: list[Any] = []
+        self._wants_room = False
+        self._session_number = 0
+        self._scan_ns = self._save_ns = self._report_ns = self._retry_ns = 0
+        self._report: dict[str, Any] = {}
+        self._careful_until = 0
+        self._refused_at: tuple[int, int] | None = None
+        self._stuck: tuple[int, int] = (-1, 0)
+        self._failed_count = 0
+        self._stop_ns = 0
+        self._node_report: dict[str, Any] | None = None
+        self.sent_bytes = 0
+        self.acked_bytes = 0
+        self.sent_count = 0
+        self._problem_counts = {"Refused": 0, "Resend": 0, "Unknown": 0, "Ahead": 0}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def run(self, is_stopping: Callable[[], bool], stop_fd: int) -> None:
+        """Carry until asked to stop, and then until everything is safe somewhere, or 4.5 s have passed."""
+        while True:
+            self._poll(stop_fd if not self._stop_ns else None)
+            now_ns = mono_ns()
+            self.step(now_ns)
+            if is_stopping():
+                self._stop_ns = self._stop_ns or now_ns
+                if self._has_finished(now_ns):
+                    break
+        self._end()
+
+    def step(self, now_ns: int) -> None:
+        """Do everything that can be done now, without waiting."""
+        if now_ns >= self._scan_ns:
+            self._inlet.scan()
+            self._scan_ns = now_ns + _SCAN_NS
+        for run in self._inlet.receive():
+            self._arrive(run, now_ns)
+        self._spool.clear()
+        self._release(self._lane.durable(self._spool.durable))
+        for message in self._session.service(now_ns):
+            self._act(message, now_ns)
+        if self._session.is_up and self._session.number != self._session_number:
+            self._session_number = self._session.number
+            self._lane.begin_session()
+            self._repair.forget()
+            self._refused_at = None
+        self._fill_spool(now_ns)
+        self._send(now_ns)
+        if now_ns >= self._save_ns:
+            self._save_ns = now_ns + _SAVE_NS
+            self._spool.save()
+            if self._lane.is_empty:
+                self._spool.forget_streams()
+        if now_ns >= self._report_ns:
+            self._report_ns = now_ns + _REPORT_NS
+            self._report = self._make_report(now_ns)
+
+    def take_node_report(self, report: dict[str, Any]) -> None:
+        """Send a report of the node when there is a session; a newer one replaces it. From any thread."""
+        self._node_report = report
+
+    def report(self) -> dict[str, Any]:
+        """Return the uplink's own statistics, at most half a second old. From any thread."""
+        return self._report
+
+    def _poll(self, stop_fd: int | None) -> None:
+        wanted: list[Any] = [*self._inlet.pollables(), *self._session.pollables(), self._spool.fileno()]
+        if stop_fd is not None:
+            wanted.append(stop_fd)
+        if wanted != self._polled:
+            self._poller = zmq.Poller()
+            for item in wanted:
+                self._poller.register(item, zmq.POLLIN)
+            self._polled = wanted
+        socket = self._session.socket
+        if self._wants_room and socket is not None:
+            self._poller.register(socket, zmq.POLLIN | zmq.POLLOUT)
+        now_ns = mono_ns()
+        due_ns = min(self._scan_ns, self._session.due_ns, self._save_ns)
+        spool_ns = self._lane.due_ns(_is_crowded)
+        if spool_ns is not None:
+            due_ns = min(due_ns, max(spool_ns, self._retry_ns))
+        if (
+            not self._wants_room
+            and self._session.is_up
+            and self._lane.next_part(self._session.credit) is not None
+        ):
+            due_ns = now_ns
+        self._poller.poll(max(due_ns - now_ns + 999_999, 0) // 1_000_000)
+        if self._wants_room and socket is not None:
+            self._poller.register(socket, zmq.POLLIN)
+            self._wants_room = False
+
+    def _arrive(self, run: Run, now_ns: int) -> None:
+        self._took(count_rows(run.frames), len(run.frames))
+        pieces = _pieces(run.frames, run.count)
+        for at, (frames, count) in enumerate(pieces):
+            release_to = run.end if at == len(pieces) - 1 else None
+            self._lane.arrive(Entry(run.ring, frames, count, release_to, now_ns))
+
+    def _release(self, releases: list[Release]) -> None:
+        for ring, up_to in releases:
+            if isinstance(ring, RingView):
+                ring.release(up_to)
+
+    def _act(self, message: LaneMessage, now_ns: int) -> None:
+        lane = self._lane
+        if message.lane != _DATA_LANE:
+            self._session.end("protocol", f"lane {message.lane} was never opened", now_ns)
+        elif isinstance(message, Ack):
+            self._session.credit = max(self._session.credit, message.credit)
+            self._take_ack(message.durable, now_ns)
+        else:
+            self._problem_counts[type(message).__name__] += 1
+            self._log.warning("part.returned", problem=type(message).__name__, **_facts(message))
+            sent = lane.sent
+            if not lane.go_back(message.position):
+                self._session.end("protocol", f"no part began at {message.position}", now_ns)
+                return
+            count = self._stuck[1] + 1 if self._stuck[0] == message.position else 1
+            self._stuck = (message.position, count)
+            if count > _STUCK_MAX:
+                self._stuck = (-1, 0)
+                self._session.end("stuck", f"{count} problems at one position", now_ns, retry_after_s=5.0)
+                return
+            self._careful_until = sent + PART_BYTES
+            if isinstance(message, Resend):
+                self._repair.check_all()
+                return
+            if isinstance(message, Refused) and message.stream == 0:
+                self._refused_at = (message.position, message.offset)
+            self._repair.note(message)
+
+    def _take_ack(self, position: int, now_ns: int) -> None:
+        before, spool_acked = self._lane.acked, self._lane.spool_acked
+        try:
+            releases = self._lane.ack(position)
+        except WireError as e:
+            self._session.end("protocol", str(e), now_ns)
+            return
+        self.acked_bytes += self._lane.acked - before
+        if self._lane.spool_acked != spool_acked:
+            self._spool.acknowledge(self._lane.spool_acked)
+        self._release(releases)
+
+    def _fill_spool(self, now_ns: int, *, all_of_it: bool = False) -> None:
+        if self._spool.failed_count != self._failed_count:
+            self._move_with_spool(now_ns)
+        if now_ns < self._retry_ns and not all_of_it:
+            return
+        groups = self._lane.plan_spooling(now_ns, _is_crowded, all_of_it=all_of_it)
+        ends: list[int] = []
+        for group in groups:
+            end = self._spool.append(group)
+            if end is None:
+                self._retry_ns = now_ns + _RETRY_NS
+                break
+            ends.append(end)
+        self._lane.spooled(groups, ends)
+        self._release(self._lane.durable(self._spool.durable))
+
+    def _move_with_spool(self, now_ns: int) -> None:
+        """The disk failed: what was in the spool and not durable has, or will have, another place there."""
+        if self._spool.durable < self._spool.end:
+            return
+        self._failed_count = self._spool.failed_count
+        self._lane.spool_moved(self._spool.end)
+        self._session.end("spool", "the disk of the spool failed; all of it is sent again", now_ns)
+
+    def _send(self, now_ns: int) -> None:
+        session = self._session
+        for _ in range(_PARTS_PER_STEP):
+            if not session.is_up:
+                return
+            part = self._lane.next_part(session.credit)
+            if part is None or not self._send_part(part):
+                break
+            if self._repair.is_needed and self._lane.sent >= self._careful_until:
+                self._repair.forget()
+        if session.is_up and self._node_report is not None:
+            report, self._node_report = self._node_report, None
+            session.send(Report(report=report))
+        if self._lane.in_flight_bytes == 0 and self._lane.sent:
+            self._take_ack(self._lane.acked, now_ns)  # of parts of which nothing was left to send
+
+    def _send_part(self, part: FromMemory | FromSpool) -> bool:
+        """Send one part; False when it has to wait."""
+        lane = self._lane
+        room = self._session.credit - lane.sent
+        frames: list[Frame] | None = None
+        upto = 0
+        if isinstance(part, FromSpool):
+            found = self._spool.read(part.position, part.upto, min(PART_BYTES, room), room)
+            frames, upto = found, found.upto
+            if not found and upto == part.position:
+                return False
+        elif self._repair.is_needed:
+            frames = [f for entry in part.entries for f in whole_frames(entry.frames, self._set_aside)]
+        if frames is None and isinstance(part, FromMemory):
+            entries = part.entries
+            count = sum(entry.count for entry in entries)
+            data = entries[0].frames if len(entries) == 1 else b"".join([entry.frames for entry in entries])
+        else:
+            chunks, count = self._repaired(frames or [])
+            data = b"".join(chunks)
+        size = len(data)
+        if size > room:
+            return False
+        flags = FLAG_REPLAY if isinstance(part, FromSpool) else 0
+        if size:
+            header = pack_data_header(_DATA_LANE, flags, lane.sent, count, size)
+            if not self._session.send_data(header, data):
+                self._wants_room = True
+                return False
+        self.sent_bytes += size
+        self.sent_count += count
+        if isinstance(part, FromSpool):
+            lane.sent_spool(upto, size)
+        else:
+            lane.sent_memory(part, size)
+        return True
+
+    def _repaired(self, frames: list[Frame]) -> tuple[list[bytes | memoryview], int]:
+        if not self._repair.is_needed:
+            return [frame.raw for frame in frames], len(frames)
+        if self._refused_at is not None and self._refused_at[0] == self._lane.sent:
+            offset = self._refused_at[1]
+            self._refused_at = None
+            for frame in frames:
+                if offset == 0:
+                    self._repair.refuse(frame, "frame")
+                offset -= len(frame.raw)
+        chunks, aside = self._repair.apply(frames, self._find_open)
+        for frame, reason in aside:
+            self._bad.add(frame.stream, frame.seq, reason, frame.raw)
+        return chunks, len(chunks)
+
+    def _find_open(self, stream: int) -> bytes | None:
+        for ring in self._inlet.rings.values():
+            raw = ring.open_frame(stream)
+            if raw is not None:
+                return raw
+        return self._spool.find_open(stream)
+
+    def _set_aside(self, raw: memoryview, reason: str) -> None:
+        self._bad.add(0, 0, reason, raw)
+
+    def _make_report(self, now_ns: int) -> dict[str, Any]:
+        session, lane, spool = self._session, self._lane, self._spool
+        offset = session.offset(now_ns)
+        oldest_ns = lane.oldest_ns()
+        is_up = session.is_up
+        return {
+            "link": "up" if is_up else "down",
+            "aggregator": self._options.address,
+            "reason": "" if is_up else session.reason,
+            "session_age_s": (now_ns - session.begun_ns) / 1e9 if is_up else None,
+            "sent_bytes": self.sent_bytes,
+            "acked_bytes": self.acked_bytes,
+            "resent_bytes": lane.resent_bytes,
+            "resent": self._problem_counts["Resend"],
+            "refused": self._problem_counts["Refused"],
+            "unknown": self._problem_counts["Unknown"],
+            "ahead": self._problem_counts["Ahead"],
+            "set_aside": self._bad.count,
+            "in_flight_bytes": lane.in_flight_bytes if is_up else 0,
+            "waiting_bytes": lane.memory_bytes,
+            "spool_bytes": max(lane.spool_end - lane.spool_acked, 0),
+            "spool_disk_bytes": spool.disk_bytes,
+            "spool_limit_bytes": spool.limit_bytes,
+            "spool_problem": spool.problem,
+            "oldest_unacknowledged_s": 0.0 if oldest_ns is None else max(now_ns - oldest_ns, 0) / 1e9,
+            "clock_offset_ms": None if offset is None else offset.offset_ns / 1e6,
+            "clock_error_ms": None if offset is None else offset.error_ns / 1e6,
+        }
+
+    def _note_backlog(self) -> None:
+        """Estimate the age of what the spool held at the start, by the time of its first frame."""
+        if self._lane.is_empty:
+            return
+        for frame in self._spool.read(self._spool.acked, self._spool.end, 1, MAX_FRAME_BYTES)[:1]:
+            age_ns = max(utc_ns() - frame.t_first_ns, 0) if frame.t_first_ns else 0
+            self._lane.note_backlog(mono_ns() - age_ns)
+
+    def _has_finished(self, now_ns: int) -> bool:
+        """Tell whether a stop is complete; empties memory into the spool when that is the way."""
+        waited_ns = now_ns - self._stop_ns
+        is_over = waited_ns >= _DRAIN_WITHIN_NS
+        if self._inlet.all_dead_and_drained and self._lane.is_empty:
+            return True
+        if self._session.is_up and waited_ns < _ACKS_WITHIN_NS:
+            self._scan_ns = min(self._scan_ns, now_ns + _SCAN_NS // 4)
+            return False
+        self._fill_spool(now_ns, all_of_it=True)
+        self._scan_ns = min(self._scan_ns, now_ns + _SCAN_NS // 4)
+        return is_over or (self._inlet.all_dead_and_drained and not self._lane.memory_bytes)
+
+    def _end(self) -> None:
+        now_ns = mono_ns()
+        self._fill_spool(now_ns, all_of_it=True)
+        if self._spool.sync():
+            self._release(self._lane.durable(self._spool.durable))
+        if self._lane.memory_bytes:
+            self._log.error(
+                "spool.incomplete", reason=self._spool.problem, waiting_bytes=self._lane.memory_bytes
+            )
+        self._inlet.scan()
+        self._spool.save()
+        self._session.say_goodbye()
+
+
+def _open_of(holder: object, stream: int) -> bytes | None:
+    return holder.open_frame(stream) if isinstance(holder, RingView) else None
+
+
+def _is_crowded(holder: object, held_bytes: int) -> bool:
+    return isinstance(holder, RingView) and held_bytes > holder.layout.ring_bytes // 2
+
+
+def _pieces(frames: memoryview, count: int) -> list[tuple[memoryview, int]]:
+    """Cut a run at borders of frames into pieces that fit a part."""
+    if len(frames) <= PART_BYTES:
+        return [(frames, count)]
+    pieces: list[tuple[memoryview, int]] = []
+    begin = position = number = 0
+    while position < len(frames):
+        try:
+            length = length_at(frames, position)
+        except WireError:
+            length = len(frames) - position  # the intake will say so
+        if number and position + length - begin > PART_BYTES:
+            pieces.append((frames[begin:position], number))
+            begin, number = position, 0
+        position += length
+        number += 1
+    pieces.append((frames[begin:], number))
+    return pieces
+
+
+def _facts(message: LaneMessage) -> dict[str, Any]:
+    facts: dict[str, Any] = {"position": message.position} if not isinstance(message, Ack) else {}
+    if isinstance(message, Resend):
+        return facts | {"reason": message.text}
+    for name in ("stream", "seq", "expected", "code", "text"):
+        value = getattr(message, name, None)
+        if value is not None:
+            facts[name if name != "text" else "reason"] = f"{value:016x}" if name == "stream" else value
+    return facts

@@ -1,0 +1,84 @@
+"""``edgedaq-agent``: run, check, status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from edgedaq.command_line import add_config_dir, add_status, guarded, refuse_broken, say, show_status
+from edgedaq.main_config import version
+
+from edgedaq_agent import app
+
+__all__ = ["main"]
+
+_EXAMPLES = """\
+examples:
+  edgedaq-agent check  --config-dir configs/agent      find mistakes; starts nothing
+  edgedaq-agent run    --config-dir configs/agent      until Ctrl-C or SIGTERM
+  edgedaq-agent status --config-dir configs/agent      in a second terminal
+  edgedaq-agent status --config-dir configs/agent --watch
+
+exit status: 0; 78 if a configuration must be edited; 1 for everything else
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = _parser().parse_args(arguments)
+    return guarded(lambda: int(options.command(options)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgedaq-agent",
+        description="The edge agent: runs jobs beside the hardware and forwards their data, exactly once.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"edgedaq {version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function, text in (
+        ("run", _run, "run the jobs of a directory until stopped"),
+        ("check", _check, "find every mistake in a directory; start nothing"),
+        ("status", _status, "show what a running agent does"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=function)
+        add_config_dir(command)
+        if name == "status":
+            add_status(command)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    return app.run(options.config_dir)
+
+
+def _check(options: argparse.Namespace) -> int:
+    agent = app.load(options.config_dir)
+    for warning in agent.warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+    refuse_broken(agent.files, agent.problems, always=True)
+    say(f"{options.config_dir}: {len(agent.files)} jobs, no mistake found")
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    return show_status(
+        app.runtime_dir_of(options.config_dir),
+        f"edgedaq-agent run --config-dir {options.config_dir}",
+        as_json=options.json,
+        watch=options.watch,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The uplink: takes frames from the rings of its node and carries them to the aggregator's intake.
+
+The job is the thread around a poll loop; what happens in it::
+
+    rings ── Inlet ──► Lane (what is owed, in order) ──► Session ──► intake
+                        │    ▲                             │
+                        ▼    └── spool durable, ACK ───────┘──► rings are released
+                      Spool
+
+A run is sent the moment it arrives, as far as the credit goes; what is not acknowledged within ``spool_after`` goes to the
+spool first. What the intake cannot take is corrected by ``Repair``. At the end everything that is left is made durable in
+the spool. Decisions are in ``lane.py`` and ``repair.py``, sockets in ``session.py``, files in ``spool.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+import zmq
+from edgedaq.config import Bytes, DAQJobConfig, Seconds
+from edgedaq.frame import MAX_FRAME_BYTES
+from edgedaq.job import DAQJob
+from edgedaq.job_context import JobContext
+from edgedaq.main_config import version
+from edgedaq.session_messages import PROTOCOL_VERSION, Hello
+from edgedaq.transport import check_address
+
+from edgedaq_agent.carrier import Carrier, CarrierOptions
+
+__all__ = ["Uplink", "UplinkConfig"]
+
+
+class UplinkConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
+    """What the agent tells its uplink; users write it in ``agent.toml``.
+
+    Args:
+        aggregator: Address of the intake.
+        spool_after: What is not acknowledged by then goes to the spool; 0: everything, first.
+        limit: What the spool may take on disk; then jobs wait.
+        reserve: What it leaves free on the file system.
+    """
+
+    aggregator: str
+    spool_after: Annotated[Seconds, msgspec.Meta(ge=0, le=3600)] = 0.2
+    limit: Annotated[Bytes, msgspec.Meta(ge=4 * MAX_FRAME_BYTES)] = 10 << 30
+    reserve: Annotated[Bytes, msgspec.Meta(ge=0)] = 1 << 30
+
+    def __post_init__(self) -> None:
+        self.aggregator = check_address("aggregator", self.aggregator)
+
+
+class Uplink(DAQJob):
+    """One per node; see the module."""
+
+    config_type = UplinkConfig
+    config: UplinkConfig
+    stops_itself = True
+
+    def __init__(self, config: UplinkConfig, context: JobContext) -> None:
+        super().__init__(config, context)
+        self._carrier: Carrier | None = None
+
+    def start(self) -> None:
+        """Carry until stopped; then everything is acknowledged, or durable in the spool."""
+        spec, config = self.context.spec, self.config
+        hello = Hello(
+            protocol_min=PROTOCOL_VERSION,
+            protocol_max=PROTOCOL_VERSION,
+            version=version()[:64],
+            node=self.node,
+            boot=spec.boot[:64],
+            instance=os.urandom(8).hex(),
+            lanes=["data"],
+        )
+        options = CarrierOptions(
+            address=config.aggregator,
+            topics=tuple(spec.forward),
+            spool_after_ns=int(config.spool_after * 1e9),
+            spool_limit_bytes=config.limit,
+            spool_reserve_bytes=config.reserve,
+        )
+        with Carrier(
+            options,
+            hello,
+            rings_dir=self.rings_dir,
+            state_dir=self.state_dir,
+            context=zmq.Context.instance(),
+            took=self.context.took,
+        ) as carrier:
+            self._carrier = carrier
+            carrier.run(lambda: self.is_stopping, self.stop_fd)
+
+    def on_link_message(self, message: Mapping[str, Any]) -> None:
+        """Take the node's report, to be sent with the session."""
+        carrier, report = self._carrier, message.get("report")
+        if message.get("type") == "node_report" and carrier is not None and isinstance(report, dict):
+            carrier.take_node_report(report)
+
+    def report(self) -> dict[str, Any]:
+        """Return link, spool and clock."""
+        return {} if self._carrier is None else self._carrier.report()

@@ -1,0 +1,264 @@
+"""Wires an aggregator: from its directory of TOMLs to a supervisor with intake, stores and statistics.
+
+Device jobs in the directory run as well; an uplink then carries their data to the intake of the same machine.
+``standalone`` is that with everything chosen: name, port and output directory.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgedaq.command_line import refuse_broken, run_supervisor
+from edgedaq.config_dir import JobFile, load_jobs, missing_stores, require_directory
+from edgedaq.errors import ConfigError, WireError
+from edgedaq.logsetup import configure, get_logger
+from edgedaq.main_config import (
+    check_directory,
+    fit_on_disk,
+    make_directory,
+    read_main,
+    resolve_dir,
+    resolve_runtime_dir,
+    service_state_dir,
+    version,
+)
+from edgedaq.plans import Place, check_rings, job_plan, part_plan, uplink_plan
+from edgedaq.registry import JOB_TABLE, STORE_TABLE, load_table
+from edgedaq.stats import NodeReport
+from edgedaq.supervisor import INTAKE, Supervisor, SupervisorSetup
+from edgedaq.worker_process import WorkerPlan
+
+from edgedaq_aggregator.config import FILE_NAME, AggregatorConfig
+from edgedaq_aggregator.stats_files import Statistics
+
+__all__ = ["ROLE", "Aggregator", "LiveView", "load", "run", "runtime_dir_of"]
+
+ROLE = "aggregator"
+INTAKE_TARGET = "edgedaq_aggregator.intake:Intake"
+DEFAULT_NODE = "aggregator"
+DEFAULT_LISTEN = "tcp://127.0.0.1:7770"
+JOURNAL_USUAL = 20 << 30
+SPOOL_USUAL = 10 << 30
+_INTAKE_STOP_LIMIT_S = 3.0
+
+
+@dataclass
+class Aggregator:
+    """An aggregator's directory as far as it could be understood; nothing runs.
+
+    Args:
+        listen: Empty where a free port is to be found when it runs.
+        problems: About ``aggregator.toml``, one line each; those of jobs are with their files.
+    """
+
+    place: Place
+    config: AggregatorConfig
+    path: Path
+    listen: str
+    is_standalone: bool
+    files: list[JobFile] = field(default_factory=list)
+    journal: tuple[int, int] = (0, 0)
+    spool: tuple[int, int] = (0, 0)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class LiveView:
+    """What is told to whoever watches a running aggregator; this one tells nobody."""
+
+    def show(self, supervisor: Supervisor) -> None:
+        """Take a look, once a second."""
+
+
+def load(config_dir: Path, *, is_standalone: bool = False, out_dir: Path | None = None) -> Aggregator:
+    """Read and check a directory. Starts nothing and makes nothing.
+
+    Args:
+        out_dir: Given by the caller, in place of what the file says.
+
+    Raises:
+        ConfigError: ``aggregator.toml`` itself is broken; problems of job files come with it.
+    """
+    require_directory(config_dir)
+    path = config_dir / FILE_NAME
+    try:
+        config, runtime_dir = _main(path, config_dir)
+    except ConfigError as e:
+        lines = [str(e), *(problem for file in _jobs(config_dir) for problem in file.problems)]
+        raise ConfigError("\n".join(lines)) from e
+    files = _jobs(config_dir)
+    stored = out_dir.resolve() if out_dir else resolve_dir(config.out_dir, config_dir, Path("out"))
+    place = Place(
+        node=config.supervisor_id or (_host_node() if is_standalone else DEFAULT_NODE),
+        config_dir=config_dir,
+        runtime_dir=runtime_dir,
+        state_dir=resolve_dir(config.state_dir, config_dir, service_state_dir() or stored / ".state"),
+        out_dir=stored,
+        forward=("store",) if any(not file.is_store for file in files) else (),
+        verbosity=config.verbosity,
+    )
+    listen = config.listen or ("" if is_standalone else DEFAULT_LISTEN)
+    aggregator = Aggregator(place, config, path, listen, is_standalone, files)
+    _check(aggregator)
+    return aggregator
+
+
+def runtime_dir_of(config_dir: Path) -> Path:
+    """Return where an aggregator with this directory has its sockets.
+
+    Raises:
+        ConfigError: ``aggregator.toml`` is broken.
+    """
+    require_directory(config_dir)
+    return _main(config_dir / FILE_NAME, config_dir)[1]
+
+
+def run(aggregator: Aggregator, view: LiveView | None = None) -> int:
+    """Run it until it is stopped; return the exit status.
+
+    Raises:
+        ConfigError: It cannot run with this directory.
+    """
+    refuse_broken(aggregator.files, aggregator.problems)
+    place = aggregator.place
+    configure(place.verbosity, facts={"node": place.node})
+    for warning in aggregator.warnings:
+        get_logger().warning("config.doubted", reason=warning)
+    make_directory(aggregator.path, "out_dir", place.out_dir, mode=0o755)
+    make_directory(aggregator.path, "state_dir", place.state_dir)
+    return run_supervisor(place.runtime_dir, lambda: _setup(aggregator, view or LiveView()))
+
+
+def _setup(aggregator: Aggregator, view: LiveView) -> SupervisorSetup:
+    place = aggregator.place
+    listen = aggregator.listen or _free_endpoint()
+    statistics = Statistics(place.out_dir, place.state_dir)
+    log = get_logger()
+
+    def take_report(supervisor: Supervisor, report: NodeReport) -> None:
+        statistics.take_own(report)
+        statistics.service()
+        view.show(supervisor)
+
+    def take_message(_: str, message: dict[str, Any]) -> None:
+        if message.get("type") == "node_report":
+            try:
+                statistics.take(message.get("report"))
+            except WireError as e:
+                log.warning("report.rejected", reason=str(e))
+
+    def facts() -> Mapping[str, Any]:
+        return {
+            "config_dir": str(place.config_dir),
+            "state_dir": str(place.state_dir),
+            "out_dir": str(place.out_dir),
+            "listen": listen,
+            "statistics": statistics.status(),
+        }
+
+    return SupervisorSetup(
+        node=place.node,
+        role="standalone" if aggregator.is_standalone else ROLE,
+        version=version(),
+        runtime_dir=place.runtime_dir,
+        plans=_plans(aggregator, listen),
+        on_report=take_report,
+        on_message=take_message,
+        on_end=statistics.close,
+        facts=facts,
+    )
+
+
+def _plans(aggregator: Aggregator, listen: str) -> list[WorkerPlan]:
+    config, place, path = aggregator.config, aggregator.place, aggregator.path
+    plans = [job_plan(file, place) for file in aggregator.files if not file.is_store]
+    if place.forward:
+        lane = config.lanes.data
+        uplink = {
+            "aggregator": listen,
+            "spool_after": lane.spool_after,
+            "limit": aggregator.spool[0],
+            "reserve": aggregator.spool[1],
+        }
+        plans.append(uplink_plan(uplink, place, config_file=path))
+    own = replace(place, forward=())
+    intake = {
+        "listen": listen,
+        "segment": config.journal.segment,
+        "limit": aggregator.journal[0],
+        "reserve": aggregator.journal[1],
+        "keep": config.journal.keep,
+        "stores": [file.unique_id for file in aggregator.files if file.is_store],
+    }
+    plans.append(
+        part_plan(
+            "intake",
+            INTAKE_TARGET,
+            INTAKE,
+            intake,
+            own,
+            config_file=path,
+            stop_limit_s=_INTAKE_STOP_LIMIT_S,
+        )
+    )
+    plans += [job_plan(file, own) for file in aggregator.files if file.is_store]
+    return plans
+
+
+def _check(aggregator: Aggregator) -> None:
+    """Find what is wrong with directories and limits, and what is doubtful."""
+    place, config, path = aggregator.place, aggregator.config, aggregator.path
+    for key, directory in (
+        ("out_dir", place.out_dir),
+        ("state_dir", place.state_dir),
+        ("runtime_dir", place.runtime_dir),
+    ):
+        try:
+            check_directory(path, key, directory)
+        except ConfigError as e:
+            aggregator.problems.append(str(e))
+    journal, lane = config.journal, config.lanes.data
+    try:
+        aggregator.journal = fit_on_disk(
+            path, "journal", journal.limit, journal.reserve, place.state_dir, usual=JOURNAL_USUAL
+        )
+        aggregator.spool = fit_on_disk(
+            path, "lanes.data", lane.limit, lane.reserve, place.state_dir, usual=SPOOL_USUAL
+        )
+    except ConfigError as e:
+        aggregator.problems.append(str(e))
+    problems, warnings = check_rings(path, aggregator.files, None, place.runtime_dir)
+    aggregator.problems += problems
+    aggregator.warnings += warnings
+    aggregator.warnings += missing_stores(aggregator.files)
+    if not any(file.is_store for file in aggregator.files):
+        aggregator.warnings.append(f"{place.config_dir}: has no store; what arrives waits in the journal")
+    if aggregator.is_standalone and not place.forward:
+        aggregator.warnings.append(f"{place.config_dir}: has no job besides stores; nothing is taken")
+
+
+def _main(path: Path, config_dir: Path) -> tuple[AggregatorConfig, Path]:
+    config = read_main(AggregatorConfig, path)
+    return config, resolve_runtime_dir(config.runtime_dir, config_dir, ROLE, path)
+
+
+def _jobs(config_dir: Path) -> list[JobFile]:
+    return load_jobs(config_dir, load_table(JOB_TABLE), load_table(STORE_TABLE), takes_stores=True)
+
+
+def _host_node() -> str:
+    """Return this machine's name as a node may be called."""
+    host = socket.gethostname().partition(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]", "-", host).lstrip("_-")[:63] or "standalone"
+
+
+def _free_endpoint() -> str:
+    """Return an address of this machine alone that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"

@@ -1,0 +1,131 @@
+"""``edgedaq-aggregator``: run, check, status, nodes, standalone, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgedaq.command_line import add_config_dir, add_status, guarded, refuse_broken, say, show_status
+from edgedaq.main_config import version
+
+from edgedaq_aggregator import app
+from edgedaq_aggregator.demo import run_demo
+from edgedaq_aggregator.ledger import format_ledger, read_ledger
+from edgedaq_aggregator.standalone import run_standalone
+
+__all__ = ["main"]
+
+_EXAMPLES = """\
+examples:
+  edgedaq-aggregator check      --config-dir configs/aggregator     find mistakes; starts nothing
+  edgedaq-aggregator run        --config-dir configs/aggregator     until Ctrl-C or SIGTERM
+  edgedaq-aggregator status     --config-dir configs/aggregator     in a second terminal
+  edgedaq-aggregator nodes      --config-dir configs/aggregator     one line per node
+  edgedaq-aggregator standalone --config-dir my_project --out data  jobs and stores on one machine
+  edgedaq-aggregator demo       --out out --seconds 20              see it work, without any hardware
+
+exit status: 0; 78 if a configuration must be edited; 1 for everything else
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = _parser().parse_args(arguments)
+    return guarded(lambda: int(options.command(options)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgedaq-aggregator",
+        description="The aggregator: stores what all nodes send, exactly once, and merges their statistics.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"edgedaq {version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function, text in (
+        ("run", _run, "run intake and stores until stopped"),
+        ("check", _check, "find every mistake in a directory; start nothing"),
+        ("status", _status, "show what a running aggregator does: jobs, nodes, lags, ledger"),
+        ("nodes", _nodes, "show the nodes of a running aggregator"),
+        ("standalone", _standalone, "run jobs and stores of one directory on this machine until stopped"),
+        ("demo", _demo, "run an aggregator and an agent with simulated and real data, then stop"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=function)
+        if name != "demo":
+            add_config_dir(command)
+        if name in ("status", "nodes"):
+            add_status(command)
+        if name == "standalone":
+            command.add_argument("--out", type=Path, metavar="DIR", help="where files are stored (./out)")
+        if name == "demo":
+            command.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="(%(default)s)")
+            command.add_argument(
+                "--seconds", type=float, default=20.0, help="how long; 0: until Ctrl-C (%(default)s)"
+            )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    return app.run(app.load(options.config_dir))
+
+
+def _check(options: argparse.Namespace) -> int:
+    aggregator = app.load(options.config_dir)
+    for warning in aggregator.warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+    refuse_broken(aggregator.files, aggregator.problems, always=True)
+    stores = sum(file.is_store for file in aggregator.files)
+    say(f"{options.config_dir}: {stores} stores, {len(aggregator.files) - stores} jobs, no mistake found")
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    return show_status(
+        app.runtime_dir_of(options.config_dir),
+        f"edgedaq-aggregator run --config-dir {options.config_dir}",
+        as_json=options.json,
+        watch=options.watch,
+        refine=_with_ledger,
+    )
+
+
+def _nodes(options: argparse.Namespace) -> int:
+    return show_status(
+        app.runtime_dir_of(options.config_dir),
+        f"edgedaq-aggregator run --config-dir {options.config_dir}",
+        as_json=options.json,
+        watch=options.watch,
+        refine=_only_nodes,
+    )
+
+
+def _only_nodes(status: dict[str, Any]) -> dict[str, Any]:
+    return {"statistics": {"nodes": status["statistics"]["nodes"]}}
+
+
+def _with_ledger(status: dict[str, Any]) -> dict[str, Any]:
+    rows = read_ledger(Path(status["state_dir"]))
+    return {**status, "ledger": format_ledger(rows)}
+
+
+def _standalone(options: argparse.Namespace) -> int:
+    return run_standalone(options.config_dir, options.out)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    return run_demo(options.out, options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The intake: receives what the agents' uplinks send, checks it, journals it, and acknowledges what is durable.
+
+The job is the thread around ``Reception``; the journal belongs to it, and stores follow that on their own. At its end
+everything that was received is durable.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+import zmq
+from edgedaq.bad_files import BadFiles
+from edgedaq.config import Bytes, DAQJobConfig
+from edgedaq.job import DAQJob
+from edgedaq.job_context import JobContext
+from edgedaq.main_config import version
+from edgedaq.transport import check_address
+
+from edgedaq_aggregator.journal import Journal
+from edgedaq_aggregator.reception import Reception
+
+__all__ = ["Intake", "IntakeConfig"]
+
+
+class IntakeConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
+    """What the aggregator tells its intake; users write it in ``aggregator.toml``.
+
+    Args:
+        listen: Address for the uplinks.
+        segment: Size of a file of the journal.
+        limit: What the journal may take on disk; then the agents keep their data.
+        reserve: What it leaves free on the file system.
+        keep: What is kept for stores that come later.
+        stores: Stores that are configured.
+    """
+
+    listen: str
+    segment: Annotated[Bytes, msgspec.Meta(gt=0)] = 64 << 20
+    limit: Annotated[Bytes, msgspec.Meta(gt=0)] = 20 << 30
+    reserve: Annotated[Bytes, msgspec.Meta(ge=0)] = 1 << 30
+    keep: Annotated[Bytes, msgspec.Meta(ge=0)] = 256 << 20
+    stores: list[str] = []
+
+    def __post_init__(self) -> None:
+        self.listen = check_address("listen", self.listen, listens=True)
+
+
+class Intake(DAQJob):
+    """One per aggregator; see the module."""
+
+    config_type = IntakeConfig
+    config: IntakeConfig
+    stops_itself = True
+
+    def __init__(self, config: IntakeConfig, context: JobContext) -> None:
+        super().__init__(config, context)
+        self._reception: Reception | None = None
+
+    def start(self) -> None:
+        """Receive until stopped.
+
+        Raises:
+            StoreError: The journal cannot be opened, or the address not be listened on; trying again may help.
+        """
+        config = self.config
+        context: zmq.Context[Any] = zmq.Context.instance()
+        with Journal(
+            self.state_dir / "journal",
+            self.runtime_dir,
+            limit_bytes=config.limit,
+            segment_bytes=config.segment,
+            reserve_bytes=config.reserve,
+            keep_bytes=config.keep,
+            stores=config.stores,
+            context=context,
+        ) as journal:
+            reception = Reception(
+                config.listen,
+                journal,
+                version=version()[:64],
+                bad=BadFiles(self.state_dir / "bad"),
+                context=context,
+                take_report=self._forward,
+                take_rows=self.context.took,
+            )
+            self._reception = reception
+            try:
+                reception.run(lambda: self.is_stopping, self.stop_fd)
+            finally:
+                reception.close()
+
+    def report(self) -> dict[str, Any]:
+        """Return what was counted per node, and the state of the journal."""
+        return {} if self._reception is None else self._reception.report()
+
+    def _forward(self, report: dict[str, Any]) -> None:
+        try:
+            self.send_to_supervisor({"type": "node_report", "report": report})
+        except ValueError as e:
+            self.logger.warning("report.rejected", reason=str(e))

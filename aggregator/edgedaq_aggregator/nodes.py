@@ -1,0 +1,84 @@
+"""What the intake counts of each node since it started, and how long its data took to become durable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from edgedaq.stats import WindowedSketch
+
+from edgedaq_aggregator.judging import Judged
+
+__all__ = ["JOBS_MAX", "NODES_MAX", "NodeCounts"]
+
+NODES_MAX = 4096
+"""Nodes that are counted; further ones are not let in."""
+
+JOBS_MAX = 256
+"""Jobs of a node of which a latency is kept."""
+
+
+class NodeCounts:
+    """The counts of one node."""
+
+    def __init__(self) -> None:
+        self.is_connected = False
+        self.last_active_ns = 0
+        self.in_rows = 0
+        self.in_bytes = 0
+        self.duplicate_count = 0
+        self.gap_count = 0
+        self.dropped_rows = 0
+        self.refused_count = 0
+        self.resend_count = 0
+        self.offset_ns: int | None = None
+        self.error_ns: int | None = None
+        self._latency = WindowedSketch()
+        self._latency_by_job: dict[str, WindowedSketch] = {}
+
+    def add(self, judged: Judged) -> None:
+        """Count what became of a part."""
+        self.in_rows += judged.rows
+        self.in_bytes += judged.body_bytes
+        self.duplicate_count += judged.duplicate_count
+        self.gap_count += judged.gap_count
+        self.dropped_rows += judged.dropped_rows
+
+    def add_latencies(self, samples: Iterable[tuple[str, int]], t_utc_ns: int, now_ns: int) -> None:
+        """Count frames that became durable at a UTC time of this machine.
+
+        Args:
+            samples: Job, and UTC ns of the frame's first row by the node's clock.
+            now_ns: Monotonic.
+        """
+        if self.offset_ns is None:
+            return
+        base_ns = t_utc_ns - self.offset_ns
+        for job, t_first_ns in samples:
+            latency_s = max(base_ns - t_first_ns, 0) * 1e-9
+            self._latency.add(latency_s, 1, now_ns)
+            sketch = self._latency_by_job.get(job)
+            if sketch is None:
+                if len(self._latency_by_job) >= JOBS_MAX:
+                    continue
+                sketch = self._latency_by_job[job] = WindowedSketch()
+            sketch.add(latency_s, 1, now_ns)
+
+    def to_map(self, now_ns: int) -> dict[str, Any]:
+        """Return it for a report."""
+        by_job = {job: sketch.sketch(now_ns).to_list() for job, sketch in self._latency_by_job.items()}
+        return {
+            "connected": self.is_connected,
+            "last_active_ns": self.last_active_ns,
+            "in_rows": self.in_rows,
+            "in_bytes": self.in_bytes,
+            "duplicate_count": self.duplicate_count,
+            "gap_count": self.gap_count,
+            "dropped_rows": self.dropped_rows,
+            "refused_count": self.refused_count,
+            "resend_count": self.resend_count,
+            "clock_offset_ms": None if self.offset_ns is None else self.offset_ns / 1e6,
+            "clock_error_ms": None if self.error_ns is None else self.error_ns / 1e6,
+            "latency": self._latency.sketch(now_ns).to_list(),
+            "latency_by_job": {job: held for job, held in by_job.items() if held},
+        }

@@ -1,0 +1,211 @@
+"""The CSV store: one line per row, the names of the columns in the first line of each file.
+
+=============== =========================================================================================
+whole numbers   as they are; floats in the shortest form that reads back the same; ``nan``, ``inf``
+booleans        ``true``, ``false``
+timestamps      ISO 8601 UTC, as many digits below the second as it takes
+text            quoted where it holds a comma, a quote or a line break; an empty one is ``""``
+bytes           hex
+arrays          ``"[1,2,3]"``, fixed and ragged ones alike
+missing         empty
+=============== =========================================================================================
+
+A raw stream that is put here has one column, ``message``, in hex; an event stream has ``metadata`` (JSON) and
+``payload`` (hex).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+from edgedaq.batch import MESSAGE_COLUMN, BatchDecoder, event_of, raw_messages
+from edgedaq.errors import ConfigError, WireError
+from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Frame, Kind
+from edgedaq.open_info import OpenInfo
+from edgedaq.storage import OsStorage
+from edgedaq.store_config import DAQJobStoreConfigCSV
+
+from edgedaq_aggregator.stores.backend import Backend
+from edgedaq_aggregator.stores.base import DAQJobStore
+from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
+
+__all__ = ["CsvFormat", "DAQJobStoreCSV"]
+
+_NEEDS_QUOTES = '[",\r\n]|^$'
+
+
+class CsvFormat:
+    """Frames to lines of CSV."""
+
+    key = "csv"
+
+    def options(self, store_config: object) -> FileOptions:
+        """See ``FileFormat``."""
+        try:
+            found = msgspec.convert(store_config, DAQJobStoreConfigCSV)
+        except msgspec.ValidationError as e:
+            message = f"store_config.csv: {e}"
+            raise ConfigError(message) from e
+        if not found.use_zstd:
+            return FileOptions(found.file_path, found.add_date, found.overwrite)
+        return FileOptions(found.file_path, found.add_date, found.overwrite, ".zst", _compress)
+
+    def encoder(self, info: OpenInfo) -> Encoder:
+        """See ``FileFormat``."""
+        return _CsvEncoder(info)
+
+
+class _CsvEncoder:
+    def __init__(self, info: OpenInfo) -> None:
+        self._decoder = BatchDecoder(info)
+        self._names: list[str] = []
+        self._header = b""
+
+    def encode(self, frames: Sequence[Frame]) -> list[Piece]:
+        first = frames[0].kind
+        if first is Kind.RAW:
+            messages = [message.hex() for message in _whole_messages(frames)]
+            return [self._piece([MESSAGE_COLUMN], [pa.array(messages, pa.string())])]
+        if first is Kind.EVENT:
+            events = [event_of(frame) for frame in frames]
+            metadata = [json.dumps(values, default=_hex, separators=(",", ":")) for values, _ in events]
+            arrays = [
+                _text(pa.array(metadata)),
+                pa.array([payload.hex() for _, payload in events], pa.string()),
+            ]
+            return [self._piece(["metadata", "payload"], arrays)]
+        try:
+            return [
+                self._piece(batch.schema.names, [_text(column) for column in batch.columns])
+                for batch in self._decoder.batches(frames)
+            ]
+        except pa.ArrowException as e:
+            message = f"a column has no CSV form: {e}"
+            raise WireError(message) from e
+
+    def _piece(self, names: list[str], columns: Sequence[Any]) -> Piece:
+        if names != self._names:
+            quoted = _quoted(pa.array(names, pa.string())).to_pylist()
+            self._names, self._header = names, (",".join(quoted) + "\n").encode()
+        return Piece(self._header, [_lines(columns)])
+
+
+def _lines(columns: Sequence[Any]) -> memoryview:
+    """Return the lines of text columns: the joined values lie back to back in one buffer."""
+    filled = [pc.fill_null(column, "") for column in columns]
+    last = _joined(filled[-1], "\n")
+    lines = _joined(*filled[:-1], last, between=",") if len(filled) > 1 else last
+    _, offsets, data = lines.buffers()
+    if data is None or not len(lines):
+        return memoryview(b"")
+    bounds = memoryview(offsets).cast("B").cast("i")
+    return memoryview(data).cast("B")[bounds[lines.offset] : bounds[lines.offset + len(lines)]]
+
+
+def _text(column: Any) -> Any:
+    """Return a column as text ready to stand between commas, null where a value is missing."""
+    kind = column.type
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _text(column.dictionary_decode())
+    if types.is_string(kind) or types.is_large_string(kind):
+        return _quoted(column.cast(pa.string()))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _joined('"', pc.replace_substring(_json(column), '"', '""'), '"')
+    if types.is_nested(kind):
+        return _quoted(pa.array([_dumped(value) for value in column.to_pylist()], pa.string()))
+    return _plain(column)
+
+
+def _plain(column: Any) -> Any:
+    """Return a scalar column as text that needs no quotes."""
+    kind = column.type
+    types = pa.types
+    if types.is_timestamp(kind):
+        aware = column if kind.tz is None else column.cast(pa.timestamp(kind.unit, tz="UTC"))
+        text = pc.replace_substring(aware.cast(pa.string()), " ", "T", max_replacements=1)
+        text = pc.replace_substring_regex(text, r"Z?$", "Z")
+        return pc.replace_substring_regex(text, r"(?:\.0+|(\.\d*[1-9])0+)Z$", r"\1Z")
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        values = column.to_pylist()
+        return pa.array([None if value is None else value.hex() for value in values], pa.string())
+    if types.is_null(kind):
+        return pa.array([None] * len(column), pa.string())
+    return column.cast(pa.string())
+
+
+def _json(column: Any) -> Any:
+    """Return lists as text, ``[1,2,3]``; elements that are missing are ``null``."""
+    kind = column.type
+    if pa.types.is_fixed_size_list(kind):
+        column = column.cast(pa.list_(kind.value_type))
+    flat = column.values
+    inner = flat.type
+    if pa.types.is_nested(inner):
+        texts = _json(flat)
+    elif pa.types.is_string(inner) or pa.types.is_large_string(inner):
+        texts = pa.array(
+            [None if value is None else json.dumps(value) for value in flat.to_pylist()], pa.string()
+        )
+    else:
+        texts = _plain(flat)
+    lists = type(column).from_arrays(column.offsets, pc.fill_null(texts, "null"))
+    joined = _joined("[", pc.binary_join(lists, ","), "]")
+    return (
+        pc.if_else(column.is_valid(), joined, pa.scalar(None, pa.string())) if column.null_count else joined
+    )
+
+
+def _joined(*parts: Any, between: str = "") -> Any:
+    return pc.binary_join_element_wise(*parts, between)
+
+
+def _quoted(column: Any) -> Any:
+    special = pc.match_substring_regex(column, _NEEDS_QUOTES)
+    if not pc.any(special).as_py():
+        return column
+    escaped = _joined('"', pc.replace_substring(column, '"', '""'), '"')
+    return pc.if_else(special, escaped, column)
+
+
+def _whole_messages(frames: Sequence[Frame]) -> list[bytes]:
+    found: list[bytes] = []
+    parts: list[memoryview] = []
+    for frame in frames:
+        if not frame.flags & FLAG_PIECE:
+            found += [bytes(message) for message in raw_messages(frame)]
+            continue
+        parts.append(frame.body)
+        if not frame.flags & FLAG_CONTINUES:
+            found.append(b"".join(parts))
+            parts = []
+    return found
+
+
+def _compress(data: bytes) -> bytes:
+    packed: bytes = pa.compress(data, codec="zstd", asbytes=True)
+    return packed
+
+
+def _hex(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _dumped(value: object) -> str | None:
+    return None if value is None else json.dumps(value, default=_hex, separators=(",", ":"))
+
+
+class DAQJobStoreCSV(DAQJobStore):
+    """Stores streams whose ``store_config`` has ``csv``."""
+
+    key = "csv"
+
+    def make_backend(self, state_dir: Path, out_dir: Path) -> Backend:
+        """See ``DAQJobStore``."""
+        return FileBackend(CsvFormat(), state_dir, out_dir, OsStorage())

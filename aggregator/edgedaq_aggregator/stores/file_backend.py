@@ -1,0 +1,281 @@
+"""What all stores that append to files share: streams to files, and one commit record over all of them.
+
+A store of this kind brings a ``FileFormat``: what its options are, and how frames become bytes. This module
+finds the file that they go to (``data_files.py``), and commits (``commits.py``): fdatasync the data, rename
+what replaces, fsync directories, then append the record.
+
+A stream whose file cannot be had (a hostile path, a directory of that name) is not lost: its rows go to
+``_refused/<stream>`` of its node, and a mark says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import structlog
+from edgedaq.clock import utc_date
+from edgedaq.delivery import StreamTable
+from edgedaq.errors import ConfigError, StoreError, WireError
+from edgedaq.frame import Frame, decode
+from edgedaq.open_info import OpenInfo, decode_open
+from edgedaq.storage import Storage
+
+from edgedaq_aggregator.stores.backend import Recovered, Refusal
+from edgedaq_aggregator.stores.commits import Change, CommitLog
+from edgedaq_aggregator.stores.data_file import Buffer, Compressor, DataFile
+from edgedaq_aggregator.stores.data_files import DataFiles, PathRefusedError
+from edgedaq_aggregator.stores.marks import MARKS_HEADER, Mark, mark_line, marks_file
+
+__all__ = ["Encoder", "FileBackend", "FileFormat", "FileOptions", "Piece"]
+
+_REFUSED = "_refused"
+_NS_PER_DAY = 86_400_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class FileOptions:
+    """Where rows go: what the options of every file format come down to.
+
+    ``suffix`` ends the name, ``compress`` makes one compressed frame per commit.
+    """
+
+    file_path: str
+    add_date: bool = False
+    overwrite: bool = False
+    suffix: str = ""
+    compress: Compressor | None = None
+
+
+class Piece(NamedTuple):
+    """Bytes to append to a file that begins with ``header`` (empty: nothing)."""
+
+    header: bytes
+    buffers: Sequence[Buffer]
+
+
+class Encoder(Protocol):
+    """Turns the data frames of one stream into bytes."""
+
+    def encode(self, frames: Sequence[Frame]) -> list[Piece]:
+        """Return the bytes of frames, in order; of RAW pieces, all of their message are there.
+
+        Raises:
+            WireError: A body is not what OPEN says.
+        """
+
+
+class FileFormat(Protocol):
+    """One kind of file."""
+
+    key: str
+    """Its name in ``store_config``."""
+
+    def options(self, store_config: object) -> FileOptions:
+        """Return what ``store_config[key]`` of a stream asks for.
+
+        Raises:
+            ConfigError: It is not valid.
+        """
+
+    def encoder(self, info: OpenInfo) -> Encoder:
+        """Return what encodes a stream."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    info: OpenInfo
+    options: FileOptions
+    encoder: Encoder
+    files: dict[tuple[int, bytes], DataFile]
+    is_superseded: bool = False
+
+
+class FileBackend:
+    """Appends to files under ``out_dir``; see ``backend.Backend`` for the contract.
+
+    Args:
+        state_dir: Of this store alone: the commit records.
+    """
+
+    def __init__(self, file_format: FileFormat, state_dir: Path, out_dir: Path, storage: Storage) -> None:
+        self._format = file_format
+        self._state_dir = state_dir
+        self._out_dir = out_dir
+        self._storage = storage
+        self._streams: dict[int, _Stream] = {}
+        self._newest: dict[tuple[str, str], int] = {}
+        self._recovered: tuple[CommitLog, DataFiles] | None = None
+        self._under_way: list[DataFile] = []
+        self._log = structlog.get_logger().bind(store=file_format.key)
+
+    def recover(self) -> Recovered:
+        """See ``Backend``."""
+        self.close()
+        commits = CommitLog(self._state_dir, self._format.key, self._storage)
+        state = commits.state
+        if commits.damage:
+            self._log.error("commits.damaged", reason=commits.damage, path=str(self._state_dir))
+        files = DataFiles(self._out_dir, dict(state.files), self._storage, commits.declare)
+        self._recovered = commits, files
+        files.recover(is_clean=state.clean, is_damaged=bool(commits.damage))
+        table = StreamTable.restore(state.table.snapshot())
+        for account in list(table.streams.values()):
+            try:
+                self.open(account.stream, decode_open(decode(memoryview(account.open_raw))))
+            except WireError as e:
+                self._log.error("stream.unreadable", stream=f"{account.stream:016x}", reason=str(e))
+                del table.streams[account.stream]
+        return Recovered(table, state.position)
+
+    def open(self, stream: int, info: OpenInfo) -> None:
+        """See ``Backend``."""
+        try:
+            options = self._format.options(info.store_config.get(self._format.key))
+        except ConfigError as e:
+            options = self._refused(stream, info, str(e))
+        if options.overwrite:
+            place = (info.node, options.file_path)
+            older = self._streams.get(self._newest.get(place, 0))
+            if older is not None:
+                older.is_superseded = True
+            self._newest[place] = stream
+        self._streams[stream] = _Stream(info, options, self._format.encoder(info), {})
+
+    def write(self, stream: int, frames: Sequence[Frame]) -> list[Refusal]:
+        """See ``Backend``."""
+        held = self._streams[stream]
+        if held.is_superseded:
+            return []
+        refused: list[Refusal] = []
+        for day, group in self._by_day(held, frames):
+            for piece in self._encode(held.encoder, group, refused):
+                self._append(stream, held, day, piece)
+        return refused
+
+    def write_mark(self, mark: Mark) -> None:
+        """See ``Backend``."""
+        name = marks_file(self._format.key)
+        try:
+            file = self._files.locate(mark.info.node, name, header=MARKS_HEADER, is_ours=True)
+        except PathRefusedError as e:
+            raise StoreError(str(e)) from e
+        buffers = [mark_line(mark)]
+        file.append([MARKS_HEADER, *buffers] if file.is_empty else buffers, self._storage)
+
+    def end(self, stream: int) -> None:
+        """See ``Backend``."""
+        held = self._streams.pop(stream, None)
+        if held is not None and self._newest.get((held.info.node, held.options.file_path)) == stream:
+            del self._newest[held.info.node, held.options.file_path]
+
+    def commit(self, change: Change) -> Callable[[], None]:
+        """See ``Backend``."""
+        commits, storage = self._commits, self._storage
+        change.files, files, directories = self._files.changes()
+
+        def make_durable() -> None:
+            for file in files:
+                storage.fdatasync(file.fd)
+                if file.replaces is not None:
+                    storage.rename(file.path, file.replaces)
+                    directories.add(file.replaces.parent)
+            for directory in directories:
+                storage.sync_directory(directory)
+            commits.append(change)
+
+        self._under_way = files
+        return make_durable
+
+    def committed(self) -> None:
+        """See ``Backend``."""
+        self._files.committed(self._under_way)
+        self._under_way = []
+
+    def close(self) -> None:
+        """See ``Backend``."""
+        self._under_way = []
+        self._streams.clear()
+        self._newest.clear()
+        if self._recovered is not None:
+            self._files.close()
+            self._commits.close()
+            self._recovered = None
+
+    @property
+    def _commits(self) -> CommitLog:
+        return self._opened[0]
+
+    @property
+    def _files(self) -> DataFiles:
+        return self._opened[1]
+
+    @property
+    def _opened(self) -> tuple[CommitLog, DataFiles]:
+        if self._recovered is None:
+            message = "a backend must be recovered before it is used"
+            raise RuntimeError(message)
+        return self._recovered
+
+    def _refused(self, stream: int, info: OpenInfo, reason: str) -> FileOptions:
+        path = f"{_REFUSED}/{stream:016x}.{self._format.key}"
+        self._log.error("stream.redirected", node=info.node, job=info.job, path=path, reason=reason)
+        if not self._files.is_recorded(info.node, path):
+            self.write_mark(
+                Mark(info, stream, "redirected", info.t_open_ns, 0, 0, 0, f"{reason}; see {path}")
+            )
+        return FileOptions(path)
+
+    def _by_day(self, held: _Stream, frames: Sequence[Frame]) -> Iterator[tuple[int, list[Frame]]]:
+        """Split frames where the UTC day changes; frames without a time belong to the day of their stream."""
+        if not held.options.add_date:
+            yield -1, list(frames)
+            return
+        opened = held.info.t_open_ns
+
+        def day_of(frame: Frame) -> int:
+            return max(frame.t_first_ns or opened, 0) // _NS_PER_DAY
+
+        for day, group in itertools.groupby(frames, day_of):
+            yield day, list(group)
+
+    def _encode(self, encoder: Encoder, frames: list[Frame], refused: list[Refusal]) -> list[Piece]:
+        try:
+            return encoder.encode(frames)
+        except WireError as e:
+            if len(frames) == 1:
+                refused.append(Refusal(frames[0], str(e)))
+                return []
+        return [piece for frame in frames for piece in self._encode(encoder, [frame], refused)]
+
+    def _append(self, stream: int, held: _Stream, day: int, piece: Piece) -> None:
+        file = held.files.get((day, piece.header))
+        if file is None or not self._files.is_usable(file):
+            file = self._locate(stream, held, day, piece.header)
+            held.files[day, piece.header] = file
+        if piece.header and file.is_empty:
+            file.append([piece.header], self._storage)
+        file.append(piece.buffers, self._storage)
+
+    def _locate(self, stream: int, held: _Stream, day: int, header: bytes) -> DataFile:
+        if len(held.files) > 8:
+            held.files.clear()
+        options = held.options
+        try:
+            return self._files.locate(
+                held.info.node,
+                options.file_path,
+                date=utc_date(day * _NS_PER_DAY) if day >= 0 else "",
+                suffix=options.suffix,
+                header=header,
+                compress=options.compress,
+                owner=stream if options.overwrite else 0,
+            )
+        except PathRefusedError as e:
+            if options.file_path.startswith(_REFUSED):
+                raise StoreError(str(e)) from e
+            held.options = self._refused(stream, held.info, str(e))
+            return self._locate(stream, held, -1, header)

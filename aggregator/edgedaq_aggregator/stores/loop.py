@@ -1,0 +1,240 @@
+"""Stores as jobs: follow the journal, commit, report how far it may be trimmed.
+
+One thread reads, judges and writes; another makes one commit at a time durable meanwhile. The next commit
+starts when the last one has ended and something waits: at once when the journal has nothing more, else as
+soon as ``COMMIT_BYTES`` are together, at the latest after ``COMMIT_LIMIT_S``. So commits grow with the load.
+
+A backend that fails (a full disk, a missing permission, a server that is away) holds up only its own store:
+nothing is acknowledged, the error is reported, and after a growing pause everything goes on from the last
+commit.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+from edgedaq.clock import utc_ns
+from edgedaq.delivery import StreamTable
+from edgedaq.errors import StoreError
+from edgedaq.segment_format import Hole, Record
+
+from edgedaq_aggregator.stores.backend import Backend, Refusal
+from edgedaq_aggregator.stores.engine import StoreEngine
+
+__all__ = ["Follower", "StoreLoop"]
+
+COMMIT_BYTES = 16 << 20
+COMMIT_LIMIT_S = 0.2
+UNCOMMITTED_BYTES_MAX = 64 << 20
+POSITION_ONLY_S = 1.0
+"""How often a position is committed when nothing of this store came."""
+
+PAUSE_FIRST_S = 0.25
+PAUSE_MAX_S = 30.0
+STOP_LIMIT_S = 2.0
+READ_MS = 100
+READ_MS_COMMITTING = 5
+REPORTED_STREAMS_MAX = 256
+SET_ASIDE_MAX = 64
+
+
+class Follower(Protocol):
+    """What a store needs of the journal."""
+
+    @property
+    def tail(self) -> int:
+        """Readable up to here."""
+
+    @property
+    def position(self) -> int | None:
+        """Read up to here; None until the journal has said where to begin."""
+
+    def read(self, timeout_ms: int) -> list[Record | Hole]:
+        """Return what comes next; empty after the timeout."""
+
+    def table_at_start(self) -> StreamTable:
+        """Return the account of all streams where reading began."""
+
+    def report(self, position: int) -> None:
+        """Tell the journal that everything before is durable in the store."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class StoreLoop:
+    """Runs one backend until it is told to stop.
+
+    Args:
+        key: Its name in ``store_config``.
+        make_backend: Makes a backend that is not recovered yet.
+        follow: Makes a follower from a position on, or where the journal says (None), for streams that are
+            wanted.
+        bad_dir: Where refused frames are set aside.
+        beat: Called as often as it goes round.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        *,
+        make_backend: Callable[[], Backend],
+        follow: Callable[[int | None, Callable[[int], bool]], Follower],
+        bad_dir: Path,
+        stop: threading.Event,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._key = key
+        self._make_backend = make_backend
+        self._follow = follow
+        self._bad_dir = bad_dir
+        self._stop = stop
+        self._beat = beat
+        self._log = structlog.get_logger().bind(store=key)
+        self._pause_s = PAUSE_FIRST_S
+        self._error: str | None = None
+        self._past: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
+        self._report: dict[str, Any] = {}
+        self._report_due_s = 0.0
+        self._last_commit_s = 0.0
+        self.in_count = self.in_bytes = self.last_in_ns = 0
+
+    def report(self) -> dict[str, Any]:
+        """Return the facts for status; for any thread."""
+        return {**self._report, "error": self._error}
+
+    def run(self) -> None:
+        """Return when told to stop, everything that was readable then committed."""
+        while True:
+            try:
+                self._run_once()
+            except (StoreError, OSError) as e:
+                self._fail(e)
+            if self._stop.is_set():
+                return
+
+    def _fail(self, e: Exception) -> None:
+        reason = str(e)
+        if reason != self._error:
+            self._log.error("store.failed", reason=reason, retry_s=round(self._pause_s, 2))
+        self._error = reason
+        self._stop.wait(self._pause_s * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter, not a secret
+        self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
+
+    def _run_once(self) -> None:
+        with ExitStack() as stack:
+            backend = self._make_backend()
+            stack.callback(backend.close)
+            engine = StoreEngine(self._key, backend, self._set_aside)
+            stack.callback(self._fold, engine)
+            follower = self._follow(engine.position, engine.wants)
+            stack.callback(follower.close)
+            pool = ThreadPoolExecutor(1, thread_name_prefix=f"commit-{self._key}")
+            stack.callback(pool.shutdown)
+            self._serve(engine, follower, pool)
+
+    def _serve(self, engine: StoreEngine, follower: Follower, pool: ThreadPoolExecutor) -> None:
+        """Read and commit until told to stop; raises what the backend raises."""
+        under_way: Future[None] | None = None
+        has_begun = False
+        begun_s = stop_s = time.monotonic()
+        while True:
+            entries = follower.read(READ_MS if under_way is None else READ_MS_COMMITTING)
+            if not has_begun and follower.position is not None:
+                engine.begin(entries[0][0] if entries else follower.position, follower.table_at_start())
+                has_begun = True
+            self._beat()
+            had_changes = engine.has_changes
+            engine.take(entries)
+            now = time.monotonic()
+            if not had_changes:
+                begun_s = now
+            if under_way is not None and (
+                under_way.done() or engine.uncommitted_bytes >= UNCOMMITTED_BYTES_MAX
+            ):
+                under_way.result()
+                under_way = None
+                self._after_commit(engine, follower)
+            if entries:
+                engine.last_in_ns = utc_ns()
+            is_caught_up = follower.position is None or follower.position >= follower.tail
+            if under_way is None and self._is_due(engine, now - begun_s, is_caught_up=is_caught_up):
+                under_way = pool.submit(engine.commit())
+            self._refresh(engine, follower, now)
+            if not self._stop.is_set():
+                stop_s = now + STOP_LIMIT_S
+            elif is_caught_up or now >= stop_s:
+                break
+        if under_way is not None:
+            under_way.result()
+            self._after_commit(engine, follower)
+        if has_begun:
+            pool.submit(engine.commit(is_clean=True)).result()
+            self._after_commit(engine, follower)
+        self._refresh(engine, follower, self._report_due_s)
+
+    def _is_due(self, engine: StoreEngine, waited_s: float, *, is_caught_up: bool) -> bool:
+        if engine.has_changes:
+            return is_caught_up or engine.uncommitted_bytes >= COMMIT_BYTES or waited_s >= COMMIT_LIMIT_S
+        moved = (engine.position or 0) - (engine.committed_position or 0)
+        return moved >= COMMIT_BYTES or (
+            moved > 0 and time.monotonic() - self._last_commit_s >= POSITION_ONLY_S
+        )
+
+    def _after_commit(self, engine: StoreEngine, follower: Follower) -> None:
+        engine.committed_now()
+        self._last_commit_s = time.monotonic()
+        self._pause_s, self._error = PAUSE_FIRST_S, None
+        if engine.committed_position is not None:
+            follower.report(engine.committed_position)
+
+    def _refresh(self, engine: StoreEngine, follower: Follower, now: float) -> None:
+        """Make the report anew, twice a second."""
+        if now < self._report_due_s:
+            return
+        self._report_due_s = now + 0.5
+        counts = {name: self._past[name] + getattr(engine, name) for name in _COUNTERS}
+        newest = list(engine.committed.values())[-REPORTED_STREAMS_MAX:]
+        position = engine.committed_position or follower.position or 0
+        self.in_count, self.in_bytes = counts["in_count"], counts["in_bytes"]
+        self.last_in_ns = engine.last_in_ns or self.last_in_ns
+        self._report = {
+            **counts,
+            "lag_bytes": max(follower.tail - position, 0),
+            "last_commit_s": round(max(now - self._last_commit_s, 0.0), 3) if self._last_commit_s else None,
+            "streams": {
+                f"{state.stream:016x}": [state.next_seq, state.rows, state.gap_rows, state.closed]
+                for state in newest
+            },
+        }
+
+    def _fold(self, engine: StoreEngine) -> None:
+        for name in _COUNTERS:
+            self._past[name] += getattr(engine, name)
+
+    def _set_aside(self, refusal: Refusal) -> None:
+        """Keep a refused frame for a human, as long as there are not many."""
+        frame = refusal.frame
+        self._log.error("frame.refused", stream=f"{frame.stream:016x}", seq=frame.seq, reason=refusal.reason)
+        self._bad_dir.mkdir(parents=True, exist_ok=True)
+        if sum(1 for _ in self._bad_dir.iterdir()) < SET_ASIDE_MAX:
+            (self._bad_dir / f"{frame.stream:016x}-{frame.seq}.bad").write_bytes(frame.raw)
+
+
+_COUNTERS = (
+    "in_count",
+    "in_bytes",
+    "stored_rows",
+    "stored_bytes",
+    "commit_count",
+    "duplicate_count",
+    "refused_count",
+)

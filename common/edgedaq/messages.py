@@ -1,0 +1,136 @@
+"""What jobs put, and what they are handed: data with where it is to go.
+
+A message is handed to ``DAQJob._put_message_out``, or comes to ``DAQJob.handle_message`` with ``source`` set.
+Its topics are those it names and one for each store that its ``store_config`` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from edgedaq.batch import event_of, raw_messages, to_arrow
+from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Frame, Kind
+from edgedaq.schema import OpenInfo, Schema, decode_columns, unpack_rows
+from edgedaq.store_config import DAQJobStoreConfig
+
+__all__ = [
+    "DAQJobMessage",
+    "DAQJobMessageEvent",
+    "DAQJobMessageStorePyArrow",
+    "DAQJobMessageStoreRaw",
+    "DAQJobMessageStoreTabular",
+    "MessageReader",
+    "Source",
+]
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where a message came from: the stream, and when its first row was put (UTC ns)."""
+
+    node: str
+    job: str
+    stream: int
+    seq: int
+    t_first_ns: int
+
+
+class DAQJobMessage(msgspec.Struct, kw_only=True):
+    """What all messages have. ``tag`` tells streams of one job apart that are otherwise alike."""
+
+    store_config: DAQJobStoreConfig | None = None
+    tag: str = ""
+    topics: Sequence[str] = ()
+    source: Source | None = None
+
+
+class DAQJobMessageStoreTabular(DAQJobMessage, kw_only=True):
+    """A table: names of columns, and either rows in ``data`` or columns in ``data_columns``."""
+
+    keys: Sequence[str]
+    data: Sequence[Sequence[Any]] | None = None
+    data_columns: dict[str, Sequence[Any]] | None = None
+    schema: Schema | None = None
+
+
+class DAQJobMessageStorePyArrow(DAQJobMessage, kw_only=True):
+    """A ``pyarrow.Table`` or ``pyarrow.RecordBatch``."""
+
+    table: Any
+
+
+class DAQJobMessageStoreRaw(DAQJobMessage, kw_only=True):
+    """Bytes of any size."""
+
+    data: Any
+
+
+class DAQJobMessageEvent(DAQJobMessage, kw_only=True):
+    """Facts, and a payload."""
+
+    metadata: dict[str, Any]
+    data: Any = b""
+
+
+class MessageReader:
+    """Turns frames of any number of streams back into messages, in order.
+
+    A RAW message in pieces is given when its last piece has come; one that is not completed is left out.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, list[bytes]] = {}
+
+    def read(self, info: OpenInfo, frame: Frame) -> Iterator[DAQJobMessage]:
+        """Yield the messages of one frame; they do not refer to its memory.
+
+        Raises:
+            WireError: The body is not valid.
+        """
+        pieces = self._pieces.pop(frame.stream, None)
+        store_config = _store_config(info)
+        source = Source(info.node, info.job, frame.stream, frame.seq, frame.t_first_ns)
+        common: dict[str, Any] = {
+            "store_config": store_config,
+            "tag": info.tag,
+            "topics": info.topics,
+            "source": source,
+        }
+        if frame.kind is Kind.RAW:
+            for data in self._raw(frame, pieces):
+                yield DAQJobMessageStoreRaw(data=data, **common)
+        elif frame.kind is Kind.PACKED and info.schema is not None:
+            rows = unpack_rows(info.schema, frame.body)
+            yield DAQJobMessageStoreTabular(keys=info.schema.names, data=rows, schema=info.schema, **common)
+        elif frame.kind is Kind.COLUMNS and info.schema is not None:
+            columns, dtypes = decode_columns(info.schema, frame.body)
+            schema = info.schema.with_dtypes(dtypes)
+            rows = list(zip(*columns, strict=True))
+            yield DAQJobMessageStoreTabular(keys=schema.names, data=rows, schema=schema, **common)
+        elif frame.kind is Kind.ARROW:
+            yield DAQJobMessageStorePyArrow(table=to_arrow(info, _owned(frame)), **common)
+        elif frame.kind is Kind.EVENT:
+            metadata, payload = event_of(frame)
+            yield DAQJobMessageEvent(metadata=metadata, data=bytes(payload), **common)
+
+    def _raw(self, frame: Frame, pieces: list[bytes] | None) -> Iterator[bytes]:
+        if frame.flags & FLAG_PIECE:
+            held = [*(pieces or []), bytes(frame.body)]
+            if frame.flags & FLAG_CONTINUES:
+                self._pieces[frame.stream] = held
+            else:
+                yield b"".join(held)
+            return
+        for view in raw_messages(frame):
+            yield bytes(view)
+
+
+def _owned(frame: Frame) -> Frame:
+    """Return the frame with memory of its own."""
+    return frame._replace(body=memoryview(bytes(frame.body)), raw=memoryview(bytes(frame.raw)))
+
+
+def _store_config(info: OpenInfo) -> DAQJobStoreConfig | None:
+    return DAQJobStoreConfig.from_map(info.store_config) if info.store_config else None

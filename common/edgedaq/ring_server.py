@@ -1,0 +1,192 @@
+"""The producer's answer to its consumers: the socket of a ring, and when its open frames are sealed.
+
+``service`` is called by one thread, the service thread; ``on_publish`` by whoever seals, with the lock held.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import zmq
+
+from edgedaq.claim_files import claim_path
+from edgedaq.claims import Claims
+from edgedaq.clock import utc_ns
+from edgedaq.errors import WireError
+from edgedaq.gate import Gate
+from edgedaq.logsetup import get_logger
+from edgedaq.ring import ProducedRing
+from edgedaq.ring_control import RingBegin, Runs, Subscribe, decode_from_consumer, encode_control
+from edgedaq.ring_layout import W_T_FIRST, W_T_PUT
+from edgedaq.salvage import walk
+from edgedaq.sealing import Account, Sealer
+
+__all__ = ["RingServer"]
+
+_RUNS_MAX = 1000
+_CLAIMS_EVERY_NS = 1_000_000_000
+
+
+class RingServer:
+    """Tells consumers of frames, takes their releases, and seals open frames when they are due."""
+
+    def __init__(
+        self, ring: ProducedRing, gate: Gate, *, linger_s: float, context: zmq.Context[Any] | None
+    ) -> None:
+        identity = ring.layout.identity
+        self.sealer = Sealer(ring, self._on_publish)
+        self._gate = gate
+        self._linger_ns = int(linger_s * 1e9)
+        self._context = context
+        self._claims = Claims(identity.claims, ring.layout.ring_bytes)
+        self._claims_due_ns = 0
+        self._socket: zmq.Socket[bytes] | None = None
+        self._queued: deque[tuple[int, int]] = deque()
+        self.queued_rows = 0
+        self._log = get_logger(job=identity.job, life=identity.life)
+
+    @property
+    def has_claims(self) -> bool:
+        """Some consumer holds the ring, connected or not."""
+        return bool(self._claims.claims)
+
+    def pollables(self) -> list[Any]:
+        """Return what to poll for reading."""
+        return [self._gate.wake_fd] if self._socket is None else [self._gate.wake_fd, self._socket]
+
+    def service(self, now: int) -> int | None:
+        """Do all that is due; return when to be called at the latest, or None."""
+        gate = self._gate
+        gate.woken()
+        if self._socket is None:
+            self._bind()
+        self._receive()
+        if now >= self._claims_due_ns:
+            self._claims_due_ns = now + _CLAIMS_EVERY_NS
+            self._check_claims()
+        with gate.condition:
+            self._advance()
+            due = self._seal_due(now)
+            # From here on a first row wakes this thread, if nothing else is due to.
+            gate.is_hot = due is None
+            gate.is_asleep = True
+        self.tell()
+        return due
+
+    def tell(self) -> None:
+        """Tell the consumers of what was published."""
+        with self._gate.condition:
+            pending = self._claims.take_pending()
+        for claim, route, runs in pending:
+            for at in range(0, len(runs), _RUNS_MAX):
+                part = [(run[0], run[1], run[2]) for run in runs[at : at + _RUNS_MAX]]
+                self._send(claim.name, route, Runs(part, self.sealer.opens_used))
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _bind(self) -> None:
+        context = self._context if self._context is not None else zmq.Context.instance()
+        socket = context.socket(zmq.ROUTER)
+        socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = 0  # bounded by the ring: no region is told of twice
+        socket.router_mandatory = True
+        socket.maxmsgsize = 1 << 20
+        socket.bind(f"ipc://{self.sealer.ring.path.with_suffix('.sock')}")
+        self._socket = socket
+
+    def _receive(self) -> None:
+        while self._socket is not None:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._on_message(parts[0], decode_from_consumer(parts[-1]))
+            except WireError as e:
+                self._log.warning("ring.message_refused", reason=str(e))
+
+    def _on_message(self, route: bytes, message: Any) -> None:
+        with self._gate.condition:
+            if not isinstance(message, Subscribe):
+                self._claims.release(route, message.position)
+                return
+            claim = self._claims.subscribe(
+                message.consumer, message.topics, route, self.sealer.released, self._walk
+            )
+            begin = RingBegin(begin=claim.released, opens_bytes=self.sealer.opens_used)
+        self._log.debug("consumer.connected", consumer=message.consumer)
+        self._send(message.consumer, route, begin)
+
+    def _walk(self, begin: int) -> Iterable[tuple[int, int, int, Sequence[str]]]:
+        topics = {account.stream: account.info.topics for account in self.sealer.accounts}
+        for position, frame in walk(
+            self.sealer.ring.buffer, self.sealer.ring.layout, begin, self.sealer.head
+        ):
+            yield position, len(frame.raw), frame.stream, topics.get(frame.stream, ())
+
+    def _send(self, consumer: str, route: bytes, message: RingBegin | Runs) -> None:
+        if self._socket is None:
+            return
+        try:
+            self._socket.send_multipart([route, encode_control(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as e:
+            # Its process is gone; its claim stays until it comes back or is withdrawn.
+            self._log.debug("consumer.disconnected", consumer=consumer, reason=str(e))
+            with self._gate.condition:
+                self._claims.disconnect(route)
+
+    def _check_claims(self) -> None:
+        ring = self.sealer.ring
+        with self._gate.condition:
+            ended = self._claims.withdraw(
+                lambda name: claim_path(ring.path.parent, ring.layout.identity.life, name).exists()
+            )
+        for name in ended:
+            self._log.warning("claim.withdrawn", consumer=name)
+
+    def _advance(self) -> None:
+        floor = self._claims.floor(self.sealer.head)
+        if floor > self.sealer.released:
+            self._release(floor)
+            self._gate.condition.notify_all()
+
+    def _seal_due(self, now: int) -> int | None:
+        """Seal the slots that are due; return when the next one is."""
+        sealer = self.sealer
+        has_peer = self._claims.is_anyone_there
+        is_idle = has_peer and sealer.released >= sealer.head
+        due: int | None = None
+        for slot in sealer.slots:
+            if slot.account is None or not slot.account.unsealed()[0]:
+                continue
+            words = slot.words
+            if not words[W_T_PUT]:
+                words[W_T_FIRST], words[W_T_PUT] = utc_ns(), now
+            at = words[W_T_PUT] + self._linger_ns
+            if (is_idle or at <= now) and sealer.seal(slot):
+                continue
+            at = max(at, now + self._linger_ns // 2) if at <= now else at
+            due = at if due is None else min(due, at)
+        if not self._claims.claims:
+            self._advance()
+        if due is None and has_peer and sealer.released < sealer.head:
+            due = now + self._linger_ns
+        return due
+
+    def _on_publish(self, account: Account, position: int, length: int, rows: int) -> None:
+        self._queued.append((position + length, rows))
+        self.queued_rows += rows
+        self._claims.on_publish(account.stream, account.info.topics, position, length)
+        if not self._claims.claims:
+            self._release(position + length)
+
+    def _release(self, position: int) -> None:
+        self.sealer.release(position)
+        while self._queued and self._queued[0][0] <= position:
+            self.queued_rows -= self._queued.popleft()[1]
