@@ -6,6 +6,7 @@ left is ended so that the next test starts clean.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
@@ -57,8 +58,9 @@ def _nothing_left_behind() -> Iterator[None]:
         if found:
             left[what] = found
     for process in _processes():
-        process.kill()
-        process.wait(_SETTLE_S)
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+            process.wait(_SETTLE_S)
     if left:
         pytest.fail("left behind: " + "; ".join(f"{what}: {found}" for what, found in left.items()))
 

@@ -283,11 +283,14 @@ class Carrier:
                 break
             if self._repair.is_needed and self._lane.sent >= self._careful_until:
                 self._repair.forget()
-        if session.is_up and self._node_report is not None:
-            report, self._node_report = self._node_report, None
-            session.send(Report(report=report))
+        self._send_node_report()
         if self._lane.in_flight_bytes == 0 and self._lane.sent:
             self._take_ack(self._lane.acked, now_ns)  # of parts of which nothing was left to send
+
+    def _send_node_report(self) -> None:
+        if self._session.is_up and self._node_report is not None:
+            report, self._node_report = self._node_report, None
+            self._session.send(Report(report=report))
 
     def _send_part(self, part: FromMemory | FromSpool) -> bool:
         """Send one part; False when it has to wait."""
@@ -412,6 +415,7 @@ class Carrier:
             )
         self._inlet.scan()
         self._spool.save()
+        self._send_node_report()
         self._session.say_goodbye()
 
 

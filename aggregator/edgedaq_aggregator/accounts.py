@@ -110,7 +110,6 @@ class NodeAccount:
     last_active_ns: int = 0
     jobs: dict[str, JobAccount] = field(default_factory=dict)
     arrived: Tally = field(default_factory=Tally)
-    stored: dict[str, Tally] = field(default_factory=dict)
     ended_lives: deque[str] = field(default_factory=lambda: deque(maxlen=ENDED_LIVES_MAX))
     extra: dict[str, Any] = field(default_factory=dict)
     link: dict[str, Any] = field(default_factory=dict)
@@ -160,7 +159,6 @@ class NodeAccount:
             "ended_lives": list(self.ended_lives),
             "jobs": {name: msgspec.to_builtins(_without_extras(job)) for name, job in self.jobs.items()},
             "arrived": msgspec.to_builtins(self.arrived),
-            "stored": {store: msgspec.to_builtins(tally) for store, tally in self.stored.items()},
         }
 
     @classmethod
@@ -184,7 +182,6 @@ class NodeAccount:
             last_active_ns=kept.last_active_ns,
             jobs=kept.jobs,
             arrived=kept.arrived,
-            stored=kept.stored,
             ended_lives=deque(kept.ended_lives, maxlen=ENDED_LIVES_MAX),
         )
 
@@ -201,7 +198,6 @@ class _Kept(msgspec.Struct):
     ended_lives: list[str]
     jobs: dict[str, JobAccount]
     arrived: Tally
-    stored: dict[str, Tally]
 
 
 def sketch_of(value: object) -> QuantileSketch | None:

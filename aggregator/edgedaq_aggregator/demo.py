@@ -44,7 +44,7 @@ _POLL_S = 0.1
 _SHOW_S = 0.5
 _LOG_LINES = 15
 _REPORT_AGE_NS = 1_000_000_000
-"""What a store says of itself may be so old when its report is made."""
+"""What intake and stores say of themselves may be so old when their report is made."""
 
 _AGGREGATOR = {
     "aggregator.toml": """\
@@ -181,7 +181,7 @@ def run_demo(out_dir: Path, seconds: float, stream: TextIO = sys.stdout) -> int:
 
 
 def write_configs(out_dir: Path, port: int) -> tuple[Path, Path]:
-    """Write the directories of TOMLs below ``out_dir``; return that of the aggregator and that of the agent."""
+    """Write the directories of TOMLs below ``out_dir``; return the aggregator's and the agent's."""
     directories = []
     for name, files in (("aggregator", _AGGREGATOR), ("agent", _AGENT)):
         directory = out_dir / ".demo" / name
@@ -246,12 +246,10 @@ def _wait_until_stored(aggregator: DemoProcess) -> None:
 
 
 def _is_all_stored(status: dict[str, Any], since_ns: int) -> bool:
-    """Tell whether no store lags behind the journal, by reports that are newer than a monotonic time."""
-    stores = [job["total"] for job in status["jobs"] if job["group"] == "store"]
-    return all(
-        total is not None and total["t_mono_ns"] > since_ns and total["extra"].get("lag_bytes") == 0
-        for total in stores
-    )
+    """Tell whether nothing waits in the journal, by reports that are newer than a monotonic time."""
+    reports = [job["total"] for job in status["jobs"] if job["group"] in ("intake", "store")]
+    is_new = all(report is not None and report["t_mono_ns"] > since_ns for report in reports)
+    return is_new and not status["statistics"]["nodes"][-1]["waiting_count"]
 
 
 def _free_port() -> int:

@@ -8,8 +8,8 @@
       POSITION {store, position}             ──►  all before it is durable in the store
                                              ◄──  TAIL {begin, durable}: and each time durable moves
 
-The follower repeats REGISTER until it is answered, and POSITION once a second also when nothing has changed: a
-journal that was started anew answers a POSITION of somebody it does not know as if it were a REGISTER.
+The follower repeats REGISTER until it is answered, and POSITION once a second also when nothing has changed:
+a journal that was started anew answers a POSITION of somebody it does not know as if it were a REGISTER.
 ``start`` differs from the position that was registered only if the journal does not reach that far (it was
 replaced, or lost its end): then it is the begin of what there is.
 """

@@ -37,11 +37,15 @@ _CLOSED = -1
 
 
 class StreamFacts(NamedTuple):
-    """What of an OPEN matters here. ``row_bytes`` is 0 when the stream has no rows of fixed width."""
+    """What of an OPEN matters here.
+
+    ``row_bytes`` is 0 when the stream has no rows of fixed width; ``stores`` are the keys of its store_config.
+    """
 
     node: str
     job: str
     row_bytes: int
+    stores: tuple[str, ...] = ()
 
 
 class StreamOwners:
@@ -69,7 +73,7 @@ class StreamOwners:
         row_bytes = schema.row_bytes if schema is not None and schema.is_packed else 0
         if stream not in self.facts:
             self._open_count[info.node] = self.open_count(info.node) + 1
-        self.facts[stream] = StreamFacts(info.node, info.job, row_bytes)
+        self.facts[stream] = StreamFacts(info.node, info.job, row_bytes, tuple(info.store_config))
 
     def closed(self, stream: int) -> None:
         """Record that a stream has ended."""

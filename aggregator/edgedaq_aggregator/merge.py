@@ -4,8 +4,8 @@ What comes in, and how it is kept from being counted twice::
 
     NodeReport of a node      sums of one life of its supervisor: a newer report of that life replaces the
                               older one; what an ended life of the supervisor had summed is folded once
-    extra of the intake       per node, since the intake started: replaced within its life, folded after
-    extra of each store       likewise
+    counts of the intake      per node, since the intake started: replaced within its life, folded after
+    accounts of streams       of the intake and of each store: what they have grown by is added
 
 So a replayed, repeated or lost report changes no total, and a total goes down for nobody's restart.
 ``to_map`` and ``from_map`` keep the totals over restarts of the aggregator itself.
@@ -19,12 +19,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
+import msgspec
 from edgedaq.clock import iso_utc
 from edgedaq.errors import WireError
 from edgedaq.names import ALL_NODES
 from edgedaq.stats import NodeReport, QuantileSketch
 
-from edgedaq_aggregator.accounts import JobAccount, NodeAccount, Tally, sketch_of, sum_known
+from edgedaq_aggregator.accounts import JobAccount, NodeAccount, sketch_of, sum_known
+from edgedaq_aggregator.stream_counts import Arrived, Backlog, Stored, StreamCounts
 
 __all__ = ["JOB_COLUMNS", "NODES_MAX", "NODE_COLUMNS", "SILENT_S", "Merge"]
 
@@ -98,8 +100,7 @@ _RUNNING_STATES = frozenset({"RUNNING", "BLOCKED"})
 _MIB = 1 << 20
 _SILENT_NS = int(SILENT_S * 1e9)
 _QUANTILES = {"latency_p50_ms": 0.5, "latency_p95_ms": 0.95, "latency_p99_ms": 0.99}
-_ARRIVED = ("in_rows", "in_bytes", "duplicate_count", "gap_count", "dropped_rows")
-_STORED = ("stored_rows",)
+_ARRIVED = ("in_bytes", "duplicate_count", "gap_count", "dropped_rows")
 _SUMMED = (
     "message_in_count",
     "message_in_megabytes",
@@ -129,6 +130,10 @@ class Merge:
 
     def __init__(self) -> None:
         self.nodes: dict[str, NodeAccount] = {}
+        self.arrived = StreamCounts()
+        self.stored: dict[str, StreamCounts] = {}
+        self.backlog = Backlog()
+        self._backlog_ns = 0
 
     def update(self, report: NodeReport, now_ns: int, t_utc_ns: int) -> bool:
         """Take a node's report; False when it is older than what is held, or there are too many nodes."""
@@ -143,13 +148,22 @@ class Merge:
         account.out_rate.add(out_bytes or 0, now_ns)
         return True
 
-    def update_intake(self, life: str, nodes: Mapping[str, Mapping[str, Any]], now_ns: int) -> None:
-        """Take what the intake's current life has counted, per node.
+    def update_intake(
+        self, life: str, nodes: Mapping[str, Mapping[str, Any]], streams: Mapping[str, Arrived], now_ns: int
+    ) -> None:
+        """Take what the intake's current life tells.
 
-        Each entry may have counts (``in_rows``, ``in_bytes``, ``duplicate_count``, ``gap_count``,
-        ``dropped_rows``), ``last_active_ns`` (UTC), ``latency`` and ``latency_by_job`` (sketches, see
-        ``QuantileSketch.to_list``), ``clock_offset_ms`` and ``clock_error_ms``.
+        Args:
+            nodes: Counts since it started (``in_bytes``, ``duplicate_count``, ``gap_count``,
+                ``dropped_rows``), ``last_active_ns`` (UTC), ``latency`` and ``latency_by_job`` (sketches of seconds, see
+                ``QuantileSketch.to_list``), ``clock_offset_ms`` and ``clock_error_ms``.
+            streams: All that are open, and the newest that have ended.
         """
+        for stream, arrived in streams.items():
+            if self._account(arrived.node) is not None:
+                self.arrived.update(stream, arrived.node, arrived.rows)
+        self.backlog.take_arrived(streams)
+        self._backlog_ns = now_ns
         for node, told in nodes.items():
             account = self._account(node)
             if account is None:
@@ -164,13 +178,17 @@ class Merge:
                 account.heard_ns = now_ns
             account.in_rate.add(account.arrived.total("in_bytes") or 0, now_ns)
 
-    def update_store(self, store: str, life: str, nodes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take what a store's current life has stored, per node: ``stored_rows``."""
-        for node, told in nodes.items():
-            account = self._account(node)
-            if account is not None:
-                tally = account.stored.setdefault(store, Tally())
-                tally.update(life, {key: told[key] for key in _STORED if isinstance(told.get(key), int)})
+    def update_store(self, store: str, key: str, streams: Mapping[str, Stored]) -> None:
+        """Take what a store of a kind (``csv``) has committed of its newest streams.
+
+        A stream that the intake has not told of yet is counted once it has.
+        """
+        counts = self.stored.setdefault(store, StreamCounts())
+        for stream, stored in streams.items():
+            arrived = self.backlog.arrived.get(stream)
+            if arrived is not None:
+                counts.update(stream, arrived.node, stored.rows)
+        self.backlog.take_stored(store, key, streams)
 
     def job_rows(self, now_ns: int) -> list[Row]:
         """Return the rows of ``stats.csv``: every job of every node, by name."""
@@ -188,12 +206,19 @@ class Merge:
     def node_rows(self, now_ns: int) -> list[Row]:
         """Return the rows of ``stats_remote.csv``: every node by name, then ``ALL``."""
         held = [account for _, account in sorted(self.nodes.items())]
-        rows = [_node_row(account, now_ns) for account in held]
+        is_told = self._backlog_ns > 0 and now_ns - self._backlog_ns <= _SILENT_NS
+        waiting = self.backlog.waiting_rows() if is_told else {}
+        rows = [_node_row(account, now_ns) | self._counts(account.node, waiting) for account in held]
         return [*rows, _all_row(rows, held, now_ns)]
 
     def to_map(self) -> dict[str, Any]:
         """Return what must outlive this process."""
-        return {"version": 1, "nodes": [account.to_map() for account in self.nodes.values()]}
+        return {
+            "version": 1,
+            "nodes": [account.to_map() for account in self.nodes.values()],
+            "arrived": msgspec.to_builtins(self.arrived),
+            "stored": msgspec.to_builtins(self.stored),
+        }
 
     @classmethod
     def from_map(cls, value: object) -> Self:
@@ -213,7 +238,21 @@ class Merge:
         for kept in value["nodes"]:
             account = NodeAccount.from_map(kept)
             merge.nodes[account.node] = account
+        try:
+            merge.arrived = msgspec.convert(value.get("arrived", {}), StreamCounts)
+            merge.stored = msgspec.convert(value.get("stored", {}), dict[str, StreamCounts])
+        except msgspec.ValidationError as e:
+            message = f"kept statistics are not valid: {e}"
+            raise WireError(message) from e
         return merge
+
+    def _counts(self, node: str, waiting: Mapping[str, int]) -> Row:
+        """Return what is counted by streams."""
+        return {
+            "message_in_count": self.arrived.totals.get(node),
+            "stored_count": sum_known([counts.totals.get(node) for counts in self.stored.values()]),
+            "waiting_count": waiting.get(node),
+        }
 
     def _account(self, node: str) -> NodeAccount | None:
         account = self.nodes.get(node)
@@ -269,11 +308,9 @@ def _node_row(account: NodeAccount, now_ns: int) -> Row:
         "supervisor": account.node,
         "is_alive": is_alive,
         "last_active": iso_utc(account.last_active_ns),
-        "message_in_count": arrived.total("in_rows"),
         "message_in_megabytes": _mebibytes(arrived.total("in_bytes")),
         "message_out_count": sum_known([total.out_count for total in totals]),
         "message_out_megabytes": _mebibytes(sum_known([total.out_bytes for total in totals])),
-        "stored_count": sum_known([tally.total("stored_rows") for tally in account.stored.values()]),
         "dropped_count": arrived.total("dropped_rows"),
         "duplicate_count": arrived.total("duplicate_count"),
         "gap_count": arrived.total("gap_count"),

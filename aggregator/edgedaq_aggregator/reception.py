@@ -65,6 +65,7 @@ _SILENCE_NS = int(SILENCE_LIMIT_S * 1e9)
 _OUTBOX_MAX = 64
 _STRANGERS_MAX = 256
 _LEDGER_MAX = 2000
+_ENDED_MAX = 256
 _STOP_WITHIN_NS = 1_500_000_000
 
 
@@ -460,7 +461,8 @@ class Reception:
     def _make_report(self, now_ns: int) -> dict[str, Any]:
         journal = self._journal
         ledger = {}
-        for stream, state in list(journal.table.streams.items())[-_LEDGER_MAX:]:
+        ended = list(journal.table.tombstones.items())[-_ENDED_MAX:]
+        for stream, state in [*ended, *list(journal.table.streams.items())[-_LEDGER_MAX:]]:
             facts = self._owners.facts.get(stream)
             if facts is not None:
                 ledger[f"{stream:016x}"] = [
@@ -470,6 +472,8 @@ class Reception:
                     state.rows,
                     state.gap_rows,
                     state.gaps_unknown,
+                    state.closed,
+                    list(facts.stores),
                 ]
         return {
             "listen": self._address,

@@ -1,8 +1,8 @@
 """``standalone``: jobs and stores of one directory on one machine, one table to watch, the ledger at the end.
 
 In a terminal the table is redrawn each second, and meanwhile what is logged goes to
-``<state_dir>/standalone.log``, because lines between would tear it. Elsewhere (a pipe, a service) there is a line each second, and the log is
-on stderr as usual.
+``<state_dir>/standalone.log``, because lines between would tear it. Elsewhere (a pipe, a service) there is a
+line each second, and the log is on stderr as usual.
 """
 
 from __future__ import annotations

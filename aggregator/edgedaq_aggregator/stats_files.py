@@ -23,8 +23,10 @@ from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import WireError
 from edgedaq.logsetup import get_logger
 from edgedaq.stats import NodeReport, Snapshot
+from edgedaq.store_config import STORE_TYPES
 
 from edgedaq_aggregator.merge import JOB_COLUMNS, NODE_COLUMNS, Merge
+from edgedaq_aggregator.stream_counts import arrived_of, stored_of
 
 __all__ = ["JOBS_FILE", "KEPT_FILE", "NODES_FILE", "Statistics", "csv_text", "replace_file"]
 
@@ -32,6 +34,7 @@ JOBS_FILE = "stats.csv"
 NODES_FILE = "stats_remote.csv"
 KEPT_FILE = "statistics.json"
 
+_STORE_KEYS = {job_type: key for key, job_type in STORE_TYPES.items()}
 _WRITE_NS = 1_000_000_000
 _KEEP_NS = 3_000_000_000
 
@@ -72,7 +75,8 @@ class Statistics:
         now_ns = mono_ns()
         self._own_node = report.node
         self.merge.update(report, now_ns, utc_ns())
-        for job in report.jobs:
+        # The intake first: it knows whose a stream is that a store tells about.
+        for job in sorted(report.jobs, key=lambda job: job.job_type in _STORE_KEYS):
             if job.current is not None:
                 self._take_extra(job.current, now_ns)
 
@@ -93,16 +97,21 @@ class Statistics:
         return {"jobs": self.merge.job_rows(now_ns), "nodes": self.merge.node_rows(now_ns)}
 
     def close(self) -> None:
-        """Write everything a last time."""
+        """Write everything a last time; this aggregator itself, which ends, is not alive in it."""
+        own = self.merge.nodes.get(self._own_node)
+        if own is not None:
+            own.heard_ns = None
         self._try(self._write)
         self._try(self._keep)
 
     def _take_extra(self, snapshot: Snapshot, now_ns: int) -> None:
         extra = snapshot.extra
-        if isinstance(extra.get("nodes"), dict):
-            self.merge.update_intake(snapshot.life, extra["nodes"], now_ns)
-        if isinstance(extra.get("stored"), dict):
-            self.merge.update_store(snapshot.job, snapshot.life, extra["stored"])
+        key = _STORE_KEYS.get(snapshot.job_type)
+        if key is not None:
+            self.merge.update_store(snapshot.job, key, stored_of(extra.get("streams")))
+        elif isinstance(extra.get("nodes"), dict):
+            streams = arrived_of(extra.get("streams"))
+            self.merge.update_intake(snapshot.life, extra["nodes"], streams, now_ns)
 
     def _write(self) -> None:
         now_ns = mono_ns()

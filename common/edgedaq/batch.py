@@ -41,6 +41,8 @@ MESSAGE_COLUMN = "message"
 """The one column of a raw stream seen as a table."""
 
 _U32 = struct.Struct("<I")
+_ARROW_ERRORS = (OSError, EOFError, ValueError, TypeError, LookupError, MemoryError, OverflowError)
+"""What pyarrow raises for bytes that are not Arrow's, besides its own exceptions."""
 
 
 def raw_body(frame: Frame) -> memoryview:
@@ -234,7 +236,7 @@ class BatchDecoder:
 
         try:
             return pa.ipc.read_schema(pa.py_buffer(self._info.arrow_schema))
-        except (pa.ArrowException, OSError, ValueError) as e:
+        except (*_ARROW_ERRORS, pa.ArrowException) as e:
             message = f"the Arrow schema in OPEN is not valid: {e}"
             raise WireError(message) from e
 
@@ -245,7 +247,7 @@ class BatchDecoder:
             # A copy is aligned as Arrow's kernels want it, and outlives the buffer that was read.
             batch = pa.ipc.read_record_batch(pa.py_buffer(bytes(frame.body)), self._arrow_schema)
             batch.validate(full=True)
-        except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as e:
+        except (*_ARROW_ERRORS, pa.ArrowException) as e:
             message = f"an ARROW body is not valid: {e}"
             raise WireError(message) from e
         _check_rows(frame, batch.num_rows)

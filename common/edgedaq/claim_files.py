@@ -91,9 +91,11 @@ def _sweep_unfinished(path: Path) -> None:
             path.unlink()
 
 
-def is_claimed(rings_dir: Path, life: str) -> bool:
-    """Tell whether a consumer that is not through holds the ring by a file."""
+def is_claimed(rings_dir: Path, life: str, *, apart_from: str = "") -> bool:
+    """Tell whether a consumer (another than ``apart_from``) that is not through holds the ring by a file."""
     for path in rings_dir.glob(f"{life}.*.claim"):
+        if path == claim_path(rings_dir, life, apart_from):
+            continue
         try:
             held = path.read_bytes()
         except FileNotFoundError:

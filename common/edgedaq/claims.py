@@ -27,8 +27,8 @@ _RUN_BYTES_MAX = 1 << 20
 class Claim:
     """One consumer.
 
-    ``pending`` are runs [position, bytes, count] that it was not told of yet, ``told`` the ends of those that
-    it was told of and has not released.
+    ``is_lasting``: named in the ring's header. ``pending`` are runs [position, bytes, count] that it was not
+    told of yet, ``told`` the ends of those that it was told of and has not released.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Claim:
     is_lasting: bool
     released: int
     last_end: int
+    has_file: bool = False
     route: bytes | None = None
     pending: list[list[int]] = field(default_factory=list)
     told: deque[int] = field(default_factory=deque)
@@ -132,9 +133,13 @@ class Claims:
                 claim.pending = []
                 claim.told.clear()
 
-    def withdraw(self, keep: Callable[[str], bool]) -> list[str]:
-        """End the claims that do not last and that ``keep`` denies; return their names."""
-        ended = [name for name, claim in self.claims.items() if not claim.is_lasting and not keep(name)]
+    def withdraw(self, has_file: Callable[[str], bool]) -> list[str]:
+        """End the claims whose file is gone, and those without one whose consumer is; return their names."""
+        ended = [
+            name
+            for name, claim in self.claims.items()
+            if not claim.is_lasting and (not has_file(name) if claim.has_file else claim.route is None)
+        ]
         for name in ended:
             del self.claims[name]
         return ended

@@ -47,7 +47,7 @@ class Inlet:
         topics: Subscriptions; ``""`` is everything.
         retire: Remove rings of the dead that all consumers are through with: for one consumer per
             directory, the one that carries data away.
-        context: For the sockets; the process's own by default.
+        context: For the sockets; one of its own by default.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class Inlet:
         self._consumer = check_name("consumer", consumer)
         self._topics = tuple(topics)
         self._retire = retire
-        self._context = context if context is not None else zmq.Context.instance()
+        self._owns_context = context is None
+        self._context: zmq.Context[Any] = zmq.Context() if context is None else context
         self._rings: dict[str, RingView] = {}
         self._claims: dict[str, ClaimFile] = {}
         self._done: set[str] = set()
@@ -126,6 +127,8 @@ class Inlet:
         for claim in self._claims.values():
             claim.close()
         self._claims.clear()
+        if self._owns_context:
+            self._context.destroy(linger=0)
 
     def _open(self, life: str, path: Path) -> None:
         resume_at = 0
@@ -169,7 +172,7 @@ class Inlet:
         if not self._retire:
             self._note(ring, through=True)
             self._forget(ring)
-        elif not is_claimed(self._dir, ring.life):
+        elif not is_claimed(self._dir, ring.life, apart_from=self._consumer):
             unlink_ring(self._dir, ring.life)
             self._forget(ring)
 

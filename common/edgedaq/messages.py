@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from edgedaq.batch import event_of, raw_messages, to_arrow
+from edgedaq.errors import ConfigError
 from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Frame, Kind
 from edgedaq.schema import OpenInfo, Schema, decode_columns, unpack_rows
 from edgedaq.store_config import DAQJobStoreConfig
@@ -133,4 +134,8 @@ def _owned(frame: Frame) -> Frame:
 
 
 def _store_config(info: OpenInfo) -> DAQJobStoreConfig | None:
-    return DAQJobStoreConfig.from_map(info.store_config) if info.store_config else None
+    """Return where the producer wants it stored; None also for options that this version does not know."""
+    try:
+        return DAQJobStoreConfig.from_map(info.store_config) if info.store_config else None
+    except ConfigError:
+        return None

@@ -54,7 +54,7 @@ class Outlet:
         identity: Whose data it is, and which consumers hold it from birth.
         owner: The thread (``threading.get_ident()``) that puts without locks; by default the one that calls.
         versions: Told in each OPEN.
-        context: For the socket; the process's own by default.
+        context: For the socket; one of its own by default.
 
     Raises:
         JobError: The ring cannot be created, with the reason.

@@ -154,8 +154,8 @@ def check_rings(
         if total <= budget:
             return [], []
         problem = (
-            f"{where}: ring_bytes must be at least {format_bytes(total)}, which the rings of {len(rings)} jobs "
-            f"take, got {format_bytes(budget)}"
+            f"{where}: ring_bytes must be at least {format_bytes(total)}, which the rings of {len(rings)} "
+            f"jobs take, got {format_bytes(budget)}"
         )
         return [problem], []
     present = runtime_dir

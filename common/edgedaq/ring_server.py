@@ -40,6 +40,7 @@ class RingServer:
         self._gate = gate
         self._linger_ns = int(linger_s * 1e9)
         self._context = context
+        self._own_context: zmq.Context[Any] | None = None
         self._claims = Claims(identity.claims, ring.layout.ring_bytes)
         self._claims_due_ns = 0
         self._socket: zmq.Socket[bytes] | None = None
@@ -89,9 +90,14 @@ class RingServer:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        if self._own_context is not None:
+            self._own_context.destroy(linger=0)
+            self._own_context = None
 
     def _bind(self) -> None:
-        context = self._context if self._context is not None else zmq.Context.instance()
+        context = self._context
+        if context is None:
+            context = self._own_context = zmq.Context()
         socket = context.socket(zmq.ROUTER)
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = 0  # bounded by the ring: no region is told of twice
@@ -119,16 +125,20 @@ class RingServer:
             claim = self._claims.subscribe(
                 message.consumer, message.topics, route, self.sealer.released, self._walk
             )
+            claim.has_file = self._has_file(claim.name)
             begin = RingBegin(begin=claim.released, opens_bytes=self.sealer.opens_used)
         self._log.debug("consumer.connected", consumer=message.consumer)
         self._send(message.consumer, route, begin)
 
     def _walk(self, begin: int) -> Iterable[tuple[int, int, int, Sequence[str]]]:
+        ring = self.sealer.ring
         topics = {account.stream: account.info.topics for account in self.sealer.accounts}
-        for position, frame in walk(
-            self.sealer.ring.buffer, self.sealer.ring.layout, begin, self.sealer.head
-        ):
+        for position, frame in walk(ring.buffer, ring.layout, begin, self.sealer.head):
             yield position, len(frame.raw), frame.stream, topics.get(frame.stream, ())
+
+    def _has_file(self, name: str) -> bool:
+        path = self.sealer.ring.path
+        return claim_path(path.parent, path.stem, name).exists()
 
     def _send(self, consumer: str, route: bytes, message: RingBegin | Runs) -> None:
         if self._socket is None:
@@ -142,11 +152,8 @@ class RingServer:
                 self._claims.disconnect(route)
 
     def _check_claims(self) -> None:
-        ring = self.sealer.ring
         with self._gate.condition:
-            ended = self._claims.withdraw(
-                lambda name: claim_path(ring.path.parent, ring.layout.identity.life, name).exists()
-            )
+            ended = self._claims.withdraw(self._has_file)
         for name in ended:
             self._log.warning("claim.withdrawn", consumer=name)
 

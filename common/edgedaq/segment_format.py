@@ -146,6 +146,16 @@ class Hole(NamedTuple):
     reason: str
     table: StreamTable | None = None
 
+    @property
+    def position(self) -> int:
+        """Where it begins, as of a record."""
+        return self.first
+
+    @property
+    def end(self) -> int:
+        """Where reading goes on, as of a record."""
+        return self.last
+
 
 class Control(NamedTuple):
     """A record that is not a frame; only recovery looks at them."""
@@ -187,7 +197,7 @@ def encode_header(header: Header) -> bytes:
     return _CHECK.pack(xxh3_64_intdigest(rest)) + rest
 
 
-def decode_header(data: bytes | memoryview) -> Header:
+def decode_header(data: bytes | bytearray | memoryview) -> Header:
     """Return the header of a segment.
 
     Raises:

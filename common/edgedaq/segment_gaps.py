@@ -14,7 +14,7 @@ from edgedaq.delivery import StreamState, StreamTable, Verdict
 from edgedaq.errors import WireError
 from edgedaq.frame import Frame, Kind, decode, encode, pack_map
 
-__all__ = ["Explainer", "bridge", "gap_frame"]
+__all__ = ["Explainer", "apply_all", "bridge", "gap_frame"]
 
 
 def gap_frame(stream: int, first: int, last: int, row0: int, rows: int | None, reason: str) -> Frame:
@@ -67,6 +67,19 @@ def bridge(
             yield gap_frame(state.stream, next_seq, last, next_row, rows, reason)
         if state.closed:
             yield _close_frame(state)
+
+
+def apply_all(table: StreamTable, frames: list[Frame]) -> WireError | None:
+    """Apply frames that are kept whatever they are; returns what was wrong with one of them, if so."""
+    failed: WireError | None = None
+    for frame in frames:
+        try:
+            table.apply(frame)
+        except WireError as e:
+            failed = e
+        except KeyError:
+            failed = WireError(f"stream {frame.stream:016x} was never opened")
+    return failed
 
 
 class Explainer:

@@ -1,9 +1,9 @@
 """Where the files of segments come from and go to: preallocated, recycled, counted against the limits.
 
 Writing into blocks that exist costs one device flush per commit instead of two, so files are reserved in full
-before use and trimmed ones are used again. A file in waiting is called ``*.free``; only the log names
-it ``*.seg``, after its new header is written, and it writes a trimmed one only once its new name is durable: else
-a power cut could bring the old name back, over bytes that are no longer its own.
+before use and trimmed ones are used again. A file in waiting is called ``*.free``; only the log names it
+``*.seg``, after its new header is written. A trimmed file is written only once the change of its name is
+durable: else a power cut could bring the old name back, over bytes that are no longer its own.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class SegmentPool:
                     self._free.append(FreeFile(path, self._segment_bytes))
 
     def settle(self) -> None:
-        """Make it durable that trimmed files are none of the log's any more: only then are they written again.
+        """Make it durable that trimmed files are no longer the log's: only then are they written again.
 
         Raises:
             OSError: The disk failed.

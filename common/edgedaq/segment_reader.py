@@ -264,16 +264,23 @@ def _table_at(storage: Storage, directory: Path, position: int, *, before: bool)
     explainer = Explainer(
         table or StreamTable(), lambda stream: find_open(storage, directory, firsts[start], stream)
     )
+    came_from: int | None = None
+    is_whole = True
     for first in firsts[start : last + 1]:
         with SegmentFile(storage, directory, first) as file:
             checkpoint = file.checkpoint()
-            if checkpoint is not None:
+            is_next = came_from is None or (file.header is not None and file.header.previous == came_from)
+            if checkpoint is not None and not (is_whole and is_next):
                 explainer.arrive(checkpoint[0])
+                is_whole = True
+            came_from = first
             end = segment_end(storage, directory, file, firsts)
             limit = min(position, file.first + file.size if end is None else end)
             for entry in file.walk(file.begin, limit, trusted=end is not None or position <= limit):
                 if isinstance(entry, Record):
                     explainer.explain(entry.frame)
+                elif isinstance(entry, Hole):
+                    is_whole = False
     return explainer.table
 
 

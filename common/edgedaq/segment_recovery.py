@@ -239,6 +239,7 @@ def _scan(storage: Storage, directory: Path, files: list[SegmentFile], start: in
     """Read the segments from ``start`` on, up to ``cut`` when there is one."""
     scan = _Scan()
     explainer: Explainer | None = None
+    explained = 0
     for at in range(start, len(files)):
         file = files[at]
         if cut is not None and file.first >= cut:
@@ -248,8 +249,6 @@ def _scan(storage: Storage, directory: Path, files: list[SegmentFile], start: in
             if checkpoint is not None:
                 scan.table, scan.cursor = checkpoint
             explainer = Explainer(scan.table, partial(find_open, storage, directory, file.first))
-        elif checkpoint is not None:
-            explainer.arrive(checkpoint[0])
         if file.header is not None:
             scan.proven = max(scan.proven, file.header.durable)
         if at > start:
@@ -257,6 +256,9 @@ def _scan(storage: Storage, directory: Path, files: list[SegmentFile], start: in
             if file.header is None or file.header.previous != before:
                 reason = "damaged" if file.header is None else "missing"
                 scan.holes.append(Hole(scan.ends[before], file.begin, reason))
+        if checkpoint is not None and len(scan.holes) > explained:
+            explainer.arrive(checkpoint[0])
+            explained = len(scan.holes)
         _scan_file(file, files, at, cut, scan, explainer)
     if explainer is not None:
         scan.unknown_count = explainer.unknown_count

@@ -21,10 +21,12 @@ from edgedaq.segment_format import (
     RecordKind,
     control_record,
     encode_header,
+    file_name,
 )
+from edgedaq.segment_pool import SegmentPool
 from edgedaq.storage import Buffer, Storage, write_all
 
-__all__ = ["SYNCED_RECORD_BYTES", "SegmentWriter"]
+__all__ = ["SYNCED_RECORD_BYTES", "SegmentWriter", "begin_segment"]
 
 SYNCED_RECORD_BYTES = PREFIX_BYTES + 8
 
@@ -41,7 +43,18 @@ class SegmentWriter:
     that its name is durable, ``is_sound`` that its file may be used again.
     """
 
-    __slots__ = ("_slots", "_storage", "fd", "first", "is_named", "is_sound", "path", "salt", "size")
+    __slots__ = (
+        "_slots",
+        "_stale",
+        "_storage",
+        "fd",
+        "first",
+        "is_named",
+        "is_sound",
+        "path",
+        "salt",
+        "size",
+    )
 
     def __init__(self, storage: Storage, path: Path, first: int, size: int, salt: int, fd: int = -1) -> None:
         self.path = path
@@ -53,6 +66,7 @@ class SegmentWriter:
         self.is_sound = True
         self._storage = storage
         self._slots: list[memoryview] = []
+        self._stale: list[int] = []
 
     @property
     def limit(self) -> int:
@@ -75,6 +89,7 @@ class SegmentWriter:
         Raises:
             OSError: The device does not take it.
         """
+        self._void()
         record = control_record(kind, self.salt, position, payload)
         write_all(self._storage, self.fd, [record], position - self.first)
         return position + len(record)
@@ -92,8 +107,9 @@ class SegmentWriter:
             How many, and where the last record ends.
 
         Raises:
-            OSError: The device took only a part; nothing of it will be read as a record.
+            OSError: The device took only a part, which will not be read as records.
         """
+        self._void()
         salt, limit = self.salt, self.limit
         start = position
         buffers: list[Buffer] = []
@@ -118,7 +134,9 @@ class SegmentWriter:
         try:
             write_all(self._storage, self.fd, buffers, start - self.first)
         except OSError:
-            self._void(start, buffers)
+            self._remember(start - self.first, buffers)
+            with contextlib.suppress(OSError):
+                self._void()
             raise
         return count, position
 
@@ -134,14 +152,44 @@ class SegmentWriter:
         self._slots = [view[at : at + PREFIX_BYTES] for at in range(0, len(view), PREFIX_BYTES)]
         return self._slots
 
-    def _void(self, start: int, buffers: list[Buffer]) -> None:
-        """Overwrite what a failed write left of prefixes, as far as the device lets us."""
-        offset, end = start - self.first, self.size
-        with contextlib.suppress(OSError):
-            for buffer in buffers:
-                if len(buffer) in {PREFIX_BYTES, SYNCED_RECORD_BYTES} and offset < end:
-                    write_all(self._storage, self.fd, [_VOID], offset)
-                offset += len(buffer)
+    def _remember(self, offset: int, buffers: list[Buffer]) -> None:
+        for buffer in buffers:
+            if len(buffer) in {PREFIX_BYTES, SYNCED_RECORD_BYTES}:
+                self._stale.append(offset)
+            offset += len(buffer)
+
+    def _void(self) -> None:
+        """Overwrite the prefixes that a failed write may have left; nothing is written before that is done.
+
+        Raises:
+            OSError: The device does not take even that, although the blocks exist.
+        """
+        while self._stale:
+            if self._stale[-1] + PREFIX_BYTES <= self.size:
+                write_all(self._storage, self.fd, [_VOID], self._stale[-1])
+            self._stale.pop()
+
+
+def begin_segment(
+    storage: Storage, pool: SegmentPool, directory: Path, size: int, header: Header, checkpoint: bytes
+) -> SegmentWriter:
+    """Take a file of at least ``size`` bytes into the log, with its header and checkpoint written.
+
+    Raises:
+        LogFull: There is no room.
+        OSError: The disk failed.
+    """
+    path, fd, size = pool.take(size)
+    target = directory / file_name(header.first)
+    segment = SegmentWriter(storage, target, header.first, size, header.salt, fd)
+    try:
+        segment.begin(header, checkpoint)
+        storage.rename(path, target)
+    except OSError:
+        segment.close()
+        pool.give_back(path, size, is_sound=False)
+        raise
+    return segment
 
 
 _TAIL_PACK = PREFIX.pack

@@ -42,10 +42,11 @@ from edgedaq.segment_format import (
     new_salt,
     seal_map,
 )
+from edgedaq.segment_gaps import apply_all
 from edgedaq.segment_pool import LogError, LogFull, SegmentPool, check_limits, take_directory
 from edgedaq.segment_reader import table_at
 from edgedaq.segment_recovery import RecoveryReport, recover
-from edgedaq.segment_writer import SYNCED_RECORD_BYTES, SegmentWriter
+from edgedaq.segment_writer import SYNCED_RECORD_BYTES, SegmentWriter, begin_segment
 from edgedaq.storage import OsStorage, Storage
 
 __all__ = ["LogError", "LogFull", "SegmentLog"]
@@ -101,6 +102,7 @@ class SegmentLog:
         self._end = self._durable = self._claimed = self._next_first = first_position
         self._unsynced: deque[tuple[int, list[Frame]]] = deque()
         self._owed: list[Frame] = []
+        self._owed_table: StreamTable | None = None
         self._is_closed = False
         self._state = threading.Lock()
         self._writing = threading.Lock()
@@ -279,8 +281,7 @@ class SegmentLog:
             self.sync()
             with self._writing:
                 self._is_closed = True
-                is_new = self._active is not None and self._claimed < self._durable
-                if is_new and self._fits(SYNCED_RECORD_BYTES):
+                if self._claimed < self._durable and self._fits(SYNCED_RECORD_BYTES):
                     self._control(RecordKind.SYNCED, self._durable.to_bytes(8, "little"))
             self.sync()
         finally:
@@ -311,24 +312,25 @@ class SegmentLog:
             self._enlisted.append(self._active)
 
     def _control(self, kind: RecordKind, payload: bytes) -> None:
-        if self._active is not None:
-            try:
-                self._end = self._active.control(self._end, kind, payload)
-            except OSError as e:
-                message = f"{self.directory}: the disk does not take a record: {e}"
-                raise LogError(message) from e
+        if self._active is None:
+            return
+        try:
+            self._end = self._active.control(self._end, kind, payload)
+        except OSError as e:
+            message = f"{self.directory}: the disk does not take a record: {e}"
+            raise LogError(message) from e
 
     def _fits(self, size_bytes: int) -> bool:
         return self._active is not None and self._end + size_bytes <= self._active.limit
 
-    def _append(self, frames: Sequence[Frame], table: StreamTable | None) -> int:
+    def _append(self, frames: Sequence[Frame], table: StreamTable) -> int:
         done = 0
         failed: WireError | None = None
         while done < len(frames):
             size = PREFIX_BYTES + len(frames[done].raw)
             try:
                 active = self._active if self._fits(size) else None
-                active = active or self._roll(size, self.table)
+                active = active or self._roll(size, table)
                 durable = self._durable
                 claim = durable if durable > self._claimed else None
                 count, end = active.frames(self._end, frames, done, claim)
@@ -343,8 +345,7 @@ class SegmentLog:
             self._unsynced.append((end, written))
             self._end = end
             done += count
-            if table is not None:
-                failed = _apply(table, written) or failed
+            failed = apply_all(table, written) or failed
         if failed is not None:
             raise failed
         return self._end
@@ -354,21 +355,11 @@ class SegmentLog:
         checkpoint = checkpoint_payload(table, self.cursor)
         overhead = SEGMENT_HEADER_BYTES + PREFIX_BYTES + len(checkpoint)
         size = max(self._segment_bytes, -(-(overhead + SYNCED_RECORD_BYTES + need_bytes) // 4096) * 4096)
-        path, fd, size = self._pool.take(size)
         first = self._next_first if self._active is None else self._end
         previous = self._segments[-1].first if self._segments else first
         previous_end = self._end if self._segments else first
         header = Header(first, new_salt(), previous, previous_end, self._durable, utc_ns())
-        segment = SegmentWriter(
-            self._storage, self.directory / file_name(first), first, size, header.salt, fd
-        )
-        try:
-            segment.begin(header, checkpoint)
-            self._storage.rename(path, segment.path)
-        except OSError:
-            segment.close()
-            self._pool.give_back(path, size, is_sound=False)
-            raise
+        segment = begin_segment(self._storage, self._pool, self.directory, size, header, checkpoint)
         with self._state:
             self._segments.append(segment)
             self._enlisted.append(segment)
@@ -402,17 +393,18 @@ class SegmentLog:
         """
         frames = self._owed
         try:
-            if self._active is None:
-                before = table_at(self.directory, self._durable, storage=self._storage, before=True)
-                self._roll(PREFIX_BYTES + len(frames[0].raw) if frames else 0, before)
-            self._append(frames, None)
+            if self._owed_table is None:
+                self._owed_table = table_at(self.directory, self._durable, storage=self._storage, before=True)
+            with contextlib.suppress(WireError):  # told when they were appended first
+                self._append(frames, self._owed_table)
         except LogError as e:
             self._owed = frames[e.kept :]
             raise
         except OSError as e:
-            message = f"{self.directory}: no other file can be written: {e}"
+            message = f"{self.directory}: what is durable cannot be read: {e}"
             raise LogError(message) from e
         self._owed = []
+        self._owed_table = None
 
     def _prepare(self, segment: SegmentWriter, end: int) -> None:
         """Have the next file ready before it is needed; here nobody waits for that."""
@@ -421,15 +413,3 @@ class SegmentLog:
                 self._pool.prepare()
         with contextlib.suppress(OSError):
             self._pool.settle()
-
-
-def _apply(table: StreamTable, frames: list[Frame]) -> WireError | None:
-    failed: WireError | None = None
-    for frame in frames:
-        try:
-            table.apply(frame)
-        except WireError as e:
-            failed = e
-        except KeyError:
-            failed = WireError(f"stream {frame.stream:016x} was never opened")
-    return failed

@@ -64,7 +64,7 @@ class ServiceThread:
     def _top(self) -> None:
         try:
             self._loop()
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001  # code of users, and the top of a thread
             # Without this thread nothing leaves the ring. What was put is safe in it: begin anew.
             self._log.exception("service.failed", reason=str(e))
             os._exit(1)
@@ -125,7 +125,7 @@ class ServiceThread:
             elif self.job is not None:
                 try:
                     self.job.on_link_message(message)
-                except Exception as e:
+                except Exception as e:  # noqa: BLE001  # code of users, and the top of a thread
                     self._log.exception("message.failed", kind=message.get("type"), reason=str(e))
 
     def _report(self) -> None:
@@ -133,7 +133,7 @@ class ServiceThread:
         if self.job is not None:
             try:
                 extra = dict(self.job.report())
-            except Exception as e:
+            except Exception as e:  # noqa: BLE001  # code of users, and the top of a thread
                 self._log.exception("report.failed", reason=str(e))
         snapshot = self._context.snapshot(extra).to_map()
         with contextlib.suppress(ValueError):

@@ -60,8 +60,8 @@ class Lane:
 class Binding:
     """How a writer's closure is told of its slot.
 
-    ``bind`` gives it an empty one, ``unbind`` takes it away, ``arm`` says that all in it is sealed; ``disarm``
-    is the writer's own.
+    ``bind`` gives it an empty one, ``unbind`` takes it away, ``arm`` says that all in it is sealed;
+    ``disarm`` is the writer's own.
     """
 
     bind: Callable[[Slot], None]
@@ -133,7 +133,7 @@ class StreamWriter:
         self.gate.wake()
 
     def append(self, bodies: Sequence[Body]) -> None:
-        """Wait until frames are published, all at once, behind what lies in the slot; raises like ``renew``."""
+        """Wait until frames are published, all at once, behind what is in the slot. Raises like ``renew``."""
         first_ns, put_ns = utc_ns(), mono_ns()
 
         def attempt() -> bool | None:

@@ -141,7 +141,8 @@ class Supervisor:
             control = ControlServer(setup.runtime_dir, handlers, context)
             try:
                 for worker in self._workers.values():
-                    worker.handle(lifecycle.Start())
+                    if not worker.plan.problem:
+                        worker.handle(lifecycle.Start())
                 while not (self._stop_ns and not self._stopping):
                     self._turn(wakeup, control)
                 self._report()
@@ -179,6 +180,7 @@ class Supervisor:
         if now_ns >= self._report_due_ns:
             self._report_due_ns = max(self._report_due_ns + _REPORT_NS, now_ns + _REPORT_NS // 2)
             self._report()
+        self._tell_service_manager()
         self._notifier.ping()
 
     def _wait_ms(self) -> int:
@@ -199,6 +201,8 @@ class Supervisor:
             if any(worker.is_alive for worker in members):
                 return
             self._stopping.pop(0)
+            if self._stopping:
+                self._report()  # the last counts of what has ended leave with the uplink
 
     def _stop_limit_s(self, members: Iterable[WorkerProcess]) -> float:
         """Return how long a group may take: what is left of the whole, less a second for each later group."""
@@ -229,9 +233,10 @@ class Supervisor:
         for job in report.jobs:
             self._rates[job.job].take(job.total(), now_ns)
         setup.on_report(self, report)
+        for worker in self._workers.values():
+            worker.settle()
         if not any(worker.plan.group == UPLINK for worker in self._workers.values()):
             sweep_rings(setup.runtime_dir / "rings")
-        self._tell_service_manager()
 
     def _tell_service_manager(self) -> None:
         states = {unique_id: worker.child.state for unique_id, worker in self._workers.items()}

@@ -92,15 +92,10 @@ def _run(spec: WorkerSpec, link: Link) -> int:
     sys.setswitchinterval(_PUT_SWITCH_S)
     reason, status = "", 0
     service: ServiceThread | None = None
-    job: DAQJob | None = None
     try:
         service = ServiceThread(context, link, orphan_limit_s=ORPHAN_LIMIT_S)
         service.start()
-        job = job_class(config, context)
-        service.job = job
-        context.send({"type": "started", "pid": os.getpid(), "life": context.life})
-        log.info("job.started", pid=os.getpid(), life=context.life)
-        _start(job)
+        _start(job_class, config, context, service)
         reason = "stopped" if context.stop_requested.is_set() else "finished"
     except JobStopped:
         reason = "stopped"
@@ -114,7 +109,7 @@ def _run(spec: WorkerSpec, link: Link) -> int:
         reason, status = _line(e), 1
     if service is not None:
         service.stop()
-    snapshot = context.snapshot(_report_of(job))
+    snapshot = context.snapshot(_report_of(service.job if service is not None else None))
     try:
         context.close()
     except Exception as e:
@@ -123,8 +118,12 @@ def _run(spec: WorkerSpec, link: Link) -> int:
     return _end(link, reason, status, snapshot.to_map())
 
 
-def _start(job: DAQJob) -> None:
+def _start(job_class: type[DAQJob], config: Any, context: JobContext, service: ServiceThread) -> None:
     """Be the frame below which all is the job's own code."""
+    job = job_class(config, context)
+    service.job = job
+    context.send({"type": "started", "pid": os.getpid(), "life": context.life})
+    get_logger().info("job.started", pid=os.getpid(), life=context.life)
     job.start()
 
 
@@ -139,7 +138,7 @@ def _report_of(job: DAQJob | None) -> dict[str, Any]:
         return {}
     try:
         return dict(job.report())
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001  # code of users, and the top of a thread
         get_logger().exception("report.failed", reason=_line(e))
         return {}
 
@@ -220,7 +219,7 @@ def _take_lock(runtime_dir: Path, unique_id: str) -> int:
 
 
 def _holder(fd: int) -> int:
-    """Return the pid of the process that holds the lock: the kernel's word where it tells, else the file's."""
+    """Return the pid of the process that holds the lock, 0 if none: the kernel's word where it tells."""
     if sys.platform == "linux":
         asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         kind, _, _, _, pid = struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_GETLK, asked))

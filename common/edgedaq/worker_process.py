@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from edgedaq import lifecycle
 from edgedaq.claim_files import withdraw_claim
 from edgedaq.clock import mono_ns, utc_ns
@@ -176,18 +178,31 @@ class WorkerProcess:
         self._process = None
         self._lost_ns = 0
         if self.snapshot is not None:
-            self._folded = fold(self._folded, self.snapshot)
-            self.snapshot = None
+            self.snapshot = msgspec.structs.replace(
+                self.snapshot,
+                in_queue=None,
+                out_queue=None,
+                is_blocked=False,
+                cpu_percent=None,
+                rss_bytes=None,
+            )
         reason = self._ended_reason or _reason_of(code)
         self._log.info("job.ended", pid=self.pid, status=code, reason=reason)
         self.handle(lifecycle.Exited(code, reason, _jitter()))
         return True
+
+    def settle(self) -> None:
+        """Add the account of a life that has ended to the sum; after a report, so that one shows its end."""
+        if self._process is None and self.snapshot is not None:
+            self._folded = fold(self._folded, self.snapshot)
+            self.snapshot = None
 
     def close(self) -> None:
         """Let go of the worker: it ends by itself when its link does."""
         self._drop_link()
 
     def _spawn(self) -> None:
+        self.settle()
         if self.child.restart_count:
             self._last_restart_ns = utc_ns()
         self._ended_reason = ""

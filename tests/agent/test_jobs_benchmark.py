@@ -1,27 +1,88 @@
 from __future__ import annotations
 
 import itertools
+import time
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from edgedaq.config import build_job_config
 from edgedaq.errors import ConfigError
 from edgedaq.schema import pack_rows, unpack_rows
 from edgedaq_agent.jobs.benchmark import (
     COLUMNS,
     SCHEMA,
+    DAQJobBenchmark,
     DAQJobBenchmarkConfig,
     columns_of,
     filler,
     filler_count,
     raw_message,
     raw_messages,
+    row_of,
     rows_of,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.contract.job_contract import LIMIT_S, JobContract, RunningJob
 
 STORES = {"raw": {"file_path": "benchmark.bin"}}
+
+
+class TestRaw(JobContract):
+    job_type = "DAQJobBenchmark"
+    config: ClassVar[dict[str, Any]] = {
+        "mode": "raw",
+        "payload_size": 1000,
+        "rate_limit": 2000,
+        "store_config": STORES,
+    }
+
+    def check_output(self, job: RunningJob) -> None:
+        messages = job.messages()
+        assert messages == [raw_message(sequence, 1000) for sequence in range(len(messages))]
+
+
+class TestRows(JobContract):
+    job_type = "DAQJobBenchmark"
+    config: ClassVar[dict[str, Any]] = {
+        "mode": "rows",
+        "payload_size": 3,
+        "rate_limit": 1000,
+        "store_config": STORES,
+    }
+
+    def check_output(self, job: RunningJob) -> None:
+        rows = job.rows()
+        assert rows == [row_of(index // 3, index % 3) for index in range(len(rows))]
+        assert len(rows) % 3 == 0
+
+
+class TestTable(TestRows):
+    config: ClassVar[dict[str, Any]] = {
+        "mode": "table",
+        "payload_size": 3,
+        "rate_limit": 1000,
+        "store_config": STORES,
+    }
+
+
+def test_after_the_asked_for_messages_it_ends_by_itself(runtime_dir):
+    with TestRaw().running(runtime_dir, messages=25, rate_limit=0) as job:
+        assert job.process.wait(LIMIT_S) == 0
+        job.until(lambda: bool(job.closed_streams()))
+        assert job.messages() == [raw_message(sequence, 1000) for sequence in range(25)]
+
+
+def test_a_rate_limit_is_kept():
+    for rate in (50, 5000):
+        numbers = itertools.count()
+        job = SimpleNamespace(config=SimpleNamespace(messages=0, rate_limit=rate), sleep=time.sleep)
+        began = time.monotonic()
+        for _ in zip(DAQJobBenchmark._paced(job, numbers), range(rate // 5), strict=False):  # type: ignore[arg-type]
+            pass
+        assert time.monotonic() - began == pytest.approx(0.2, rel=0.3)
 
 
 @settings(max_examples=25)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import random
 import statistics
 from array import array
+from typing import Any, ClassVar
 
 import pytest
-
 from edgedaq.config import build_job_config
 from edgedaq.errors import ConfigError
 from edgedaq_agent.jobs import simulated_detector as detector_job
@@ -16,7 +16,36 @@ from edgedaq_agent.jobs.simulated_detector import (
     waveform_bytes,
 )
 
+from tests.contract.job_contract import JobContract, RunningJob
+
 STORES = {"csv": {"file_path": "events.csv"}}
+
+
+class TestSimulatedDetector(JobContract):
+    job_type = "DAQJobSimulatedDetector"
+    config: ClassVar[dict[str, Any]] = {
+        "seed": 4,
+        "rate_hz": 400.0,
+        "samples": 128,
+        "store_config": STORES,
+        "waveform_store_config": {"raw": {"file_path": "waveforms.bin"}},
+    }
+
+    def has_enough(self, job: RunningJob) -> bool:
+        return len(job.rows()) >= 40
+
+    def check_output(self, job: RunningJob) -> None:
+        rows, waveforms = job.rows(), job.messages("waveforms")
+        config = config_of(**{**self.config, "store_config": STORES})
+        detector = Detector(config)
+        assert [row[0] for row in rows] == list(range(len(rows)))
+        # A kill can fall between the two puts of one event.
+        assert len(waveforms) - len(rows) in (0, 1)
+        for event, row in enumerate(rows):
+            detector.wait_s()
+            samples = detector.waveform()
+            assert waveforms[event] == waveform_bytes(event, row[1], samples)
+            assert row[2:] == tuple(detector_job._row(config, event, row[1], samples)[2:])
 
 
 def config_of(**settings: object) -> DAQJobSimulatedDetectorConfig:

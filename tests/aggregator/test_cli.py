@@ -118,7 +118,7 @@ def test_standalone_stores_the_seeds_two_files_and_ends_with_a_ledger_that_balan
     with files[0].open() as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["timestamp", "value"]
-    assert {row[1] for row in rows[1:]} == {"42.0"}
+    assert {float(row[1]) for row in rows[1:]} == {42.0}
 
 
 def test_standalone_warns_of_a_store_that_is_named_but_absent(seed_dir):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from edgedaq.supervisor import worker_environment
+from edgedaq.worker_process import worker_environment
 from edgedaq_aggregator.demo import NODE, write_configs
 from edgedaq_aggregator.ledger import read_ledger
 from edgedaq_aggregator.merge import JOB_COLUMNS, NODE_COLUMNS

@@ -9,6 +9,7 @@ import pytest
 from edgedaq.errors import WireError
 from edgedaq.stats import JobReport, NodeReport, QuantileSketch, Snapshot, fold
 from edgedaq_aggregator.merge import JOB_COLUMNS, NODE_COLUMNS, SILENT_S, Merge
+from edgedaq_aggregator.stream_counts import STREAMS_MAX, Arrived, Stored, StreamCounts, arrived_of, stored_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -224,16 +225,59 @@ def test_what_is_unknown_is_empty_never_zero():
     assert node_row(merge, 1, "ALL")["message_in_count"] is None
 
 
-def test_what_the_intake_and_the_stores_count_is_summed_over_their_lives():
+def test_what_the_intake_counts_is_summed_over_its_lives():
     merge = Merge()
-    for life, rows in (("i1", 10), ("i1", 30), ("i2", 5), ("i2", 6)):
-        told = {"in_rows": rows, "in_bytes": rows << 20, "duplicate_count": 1, "gap_count": 0}
-        merge.update_intake(life, {"pi-1": told}, SECOND)
-    for store, rows in (("csv", 20), ("raw", 3)):
-        merge.update_store(store, "w1", {"pi-1": {"stored_rows": rows}})
+    for life, mib in (("i1", 10), ("i1", 30), ("i2", 5), ("i2", 6)):
+        told = {"in_bytes": mib << 20, "duplicate_count": 1, "gap_count": 0}
+        merge.update_intake(life, {"pi-1": told}, {}, SECOND)
     row = node_row(merge, 1)
-    assert (row["message_in_count"], row["message_in_megabytes"]) == (36, 36.0)
-    assert (row["duplicate_count"], row["gap_count"], row["stored_count"]) == (2, 0, 23)
+    assert (row["message_in_megabytes"], row["duplicate_count"], row["gap_count"]) == (36.0, 2, 0)
+
+
+def streams(**rows: int) -> dict[str, Arrived]:
+    return {stream: Arrived("pi-1", count, 0, ("csv", "raw")) for stream, count in rows.items()}
+
+
+def test_rows_that_arrived_and_were_stored_are_counted_once_over_all_restarts():
+    merge = Merge()
+    merge.update_store("csv", "csv", {"a": Stored(1, 0)})
+    for told, csv_rows in (({"a": 5}, 1), ({"a": 9, "b": 2}, 4), ({"a": 9, "b": 2}, 9), ({"b": 7}, 9)):
+        merge.update_intake("i", {}, streams(**told), SECOND)
+        merge.update_store("csv", "csv", {"a": Stored(csv_rows, 0)})
+        merge.update_store("raw", "raw", {"b": Stored(1, 0)})
+        merge = Merge.from_map(json.loads(json.dumps(merge.to_map())))
+    row = node_row(merge, 1)
+    assert (row["message_in_count"], row["stored_count"], row["waiting_count"]) == (9 + 7, 9 + 1, None)
+
+
+def test_what_waits_is_what_the_stores_of_a_stream_lack_and_known_losses_do_not_wait():
+    merge = Merge()
+    merge.update_intake("i", {}, streams(a=10) | {"b": Arrived("pi-1", 4, 3, ("csv",))}, SECOND)
+    assert node_row(merge, 1)["waiting_count"] == 10 + 10 + 4 + 3
+    merge.update_store("csv", "csv", {"a": Stored(6, 0), "b": Stored(2, 5)})
+    merge.update_store("raw", "raw", {"a": Stored(10, 0)})
+    merge.update_intake("i", {}, streams(a=10), SECOND)
+    assert node_row(merge, 1)["waiting_count"] == 4
+    assert node_row(merge, 1, "ALL")["waiting_count"] == 4
+    assert node_row(merge, 8)["waiting_count"] is None
+
+
+def test_reports_about_streams_are_taken_as_far_as_they_are_as_agreed():
+    good = ["pi-1", "hv", 3, 10, 1, 0, False, ["csv"]]
+    told = {"a": good, "b": good[:5], "c": ["pi-1", "hv", 3, "x", 1, 0, False, []], "d": None}
+    assert arrived_of(told) == {"a": Arrived("pi-1", 10, 1, ("csv",))}
+    assert stored_of({"a": [4, 10, 1, True], "b": [4], "c": 3}) == {"a": Stored(10, 1)}
+    assert not arrived_of(None)
+    assert not stored_of([])
+
+
+def test_accounts_of_streams_are_bounded_and_the_newest_are_kept():
+    counts = StreamCounts()
+    for stream in range(STREAMS_MAX + 100):
+        counts.update(str(stream), "pi-1", 1)
+        counts.update("0", "pi-1", stream + 1)
+    assert len(counts.seen) == STREAMS_MAX
+    assert counts.totals == {"pi-1": 2 * (STREAMS_MAX + 100) - 1}
 
 
 def test_rates_are_over_the_last_ten_seconds():
@@ -241,7 +285,7 @@ def test_rates_are_over_the_last_ten_seconds():
     for second in range(30):
         out_bytes = 100 * (1 << 20) if second < 15 else (100 + second) << 20
         update(merge, report(second, running(snapshot("a", out_bytes=out_bytes))))
-        merge.update_intake("i1", {"pi-1": {"in_bytes": second << 21}}, second * SECOND)
+        merge.update_intake("i1", {"pi-1": {"in_bytes": second << 21}}, {}, second * SECOND)
     row = node_row(merge, 29)
     assert row["message_out_mb_per_s"] == pytest.approx(1.0)
     assert row["message_in_mb_per_s"] == pytest.approx(2.0)
@@ -259,7 +303,7 @@ def test_latency_is_of_the_node_of_the_job_and_for_all_of_everything_together():
             "latency_by_job": {"hv": sketch.to_list()},
             "clock_offset_ms": -3.0,
         }
-        merge.update_intake("i1", {node: told}, SECOND)
+        merge.update_intake("i1", {node: told}, {}, SECOND)
     assert node_row(merge, 1)["latency_p99_ms"] == pytest.approx(1.0, rel=0.02)
     assert job_row(merge, 1)["latency_p50_ms"] == pytest.approx(1.0, rel=0.02)
     assert node_row(merge, 1)["clock_offset_ms"] == -3.0
@@ -273,7 +317,7 @@ def test_the_last_row_sums_what_is_known():
     merge = Merge()
     for node, count in (("pi-2", 5), ("pi-1", 7)):
         update(merge, report(1, running(snapshot("a", out_count=count)), node=node))
-    merge.update_intake("i1", {"pi-1": {"in_rows": 4}}, SECOND)
+    merge.update_intake("i1", {"pi-1": {}}, streams(a=4), SECOND)
     rows = merge.node_rows(SECOND)
     assert [row["supervisor"] for row in rows] == ["pi-1", "pi-2", "ALL"]
     assert (rows[-1]["message_out_count"], rows[-1]["message_in_count"]) == (12, 4)

@@ -16,7 +16,7 @@ SECOND = 1_000_000_000
 def report(
     second: int, *, node: str = "pi-1", life: str = "s1", count: int = 5, **extra: object
 ) -> NodeReport:
-    current = Snapshot("hv", "DAQJobTest", f"{life}-a", 1, 0, out_count=count, extra=extra)
+    current = Snapshot("hv", "DAQJobTest", f"{life}-a", 1, 0, out_count=count)
     jobs = [JobReport("hv", "DAQJobTest", "RUNNING", current=current)]
     return NodeReport(node, "0.1.0", "boot", second * SECOND, second * SECOND, jobs, life=life)
 
@@ -117,11 +117,20 @@ def test_what_is_not_a_report_is_refused_and_changes_nothing(tmp_path):
 
 def test_the_intake_and_the_stores_tell_through_this_aggregators_own_report(tmp_path):
     statistics = Statistics(tmp_path, tmp_path / "state")
-    told = {"pi-1": {"in_rows": 4, "in_bytes": 1 << 20, "last_active_ns": 1}}
-    statistics.take_own(report(1, node="hub", nodes=told, stored={"pi-1": {"stored_rows": 3}}))
+    nodes = {"pi-1": {"in_bytes": 1 << 20, "last_active_ns": 1}}
+    extras: dict[str, dict[str, object]] = {
+        "DAQJobStoreCSV": {"streams": {"a": [5, 3, 0, False]}},
+        "Intake": {"nodes": nodes, "streams": {"a": ["pi-1", "hv", 6, 4, 0, 0, False, ["csv"]]}},
+    }
+    jobs = [
+        JobReport(name, name, "RUNNING", current=Snapshot(name, name, name, 1, 0, extra=extra))
+        for name, extra in extras.items()
+    ]
+    statistics.take_own(NodeReport("hub", "0.1.0", "boot", SECOND, SECOND, jobs, life="s1"))
     statistics.close()
     row = {row["supervisor"]: row for row in read(tmp_path / NODES_FILE)}["pi-1"]
-    assert (row["message_in_count"], row["stored_count"], row["is_alive"]) == ("4", "3", "true")
+    assert (row["message_in_count"], row["stored_count"], row["waiting_count"]) == ("4", "3", "1")
+    assert (row["message_in_megabytes"], row["is_alive"]) == ("1.0", "true")
 
 
 def test_a_node_that_calls_itself_like_the_aggregator_does_not_replace_its_account(tmp_path):

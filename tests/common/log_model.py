@@ -1,8 +1,8 @@
 """A disk that forgets: records what a log writes and flushes, and rebuilds what a power cut may leave of it.
 
-The model of the disk: a write reaches it in sectors of 512 bytes; each sector of a write that no fdatasync followed
-may be missing, independently. Names change in the order in which they were changed, and any number of the last
-changes may be missing unless the directory was synced since. What was synced stays.
+The model of the disk: a write reaches it in sectors of 512 bytes; each sector of a write that no fdatasync
+followed may be missing, independently. Names change in the order in which they were changed, and any number of
+the last changes may be missing unless the directory was synced since. What was synced stays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from edgedaq.delivery import StreamTable, Verdict
 from edgedaq.frame import Frame, Kind, decode, encode, pack_map
-from edgedaq.segment_format import Hole, Record
+from edgedaq.segment_format import Entry, Hole, Record
 from edgedaq.segment_reader import SegmentReader
 from edgedaq.segments import SegmentLog
 from edgedaq.storage import Buffer, OsStorage
@@ -51,8 +51,12 @@ def read_all(directory: Path, begin: int, end: int, max_bytes: int = 1 << 20) ->
     return found
 
 
-def frames_in(entries: Sequence[Record | Hole]) -> list[Frame]:
-    return [entry.frame for entry in entries if isinstance(entry, Record)]
+def records_in(entries: Sequence[Entry]) -> list[Record]:
+    return [entry for entry in entries if isinstance(entry, Record)]
+
+
+def frames_in(entries: Sequence[Entry]) -> list[Frame]:
+    return [record.frame for record in records_in(entries)]
 
 
 class RecordingStorage(OsStorage):
@@ -63,6 +67,16 @@ class RecordingStorage(OsStorage):
         self._files: dict[str, int] = {}
         self._open: dict[int, int] = {}
         self._count = 0
+
+    def adopt(self, directory: Path) -> None:
+        """Take over files that are there, and durable, already."""
+        for path in directory.iterdir():
+            self._count += 1
+            self._files[path.name] = self._count
+            self.events.append(("create", path.name, self._count))
+            self.events.append(("write", self._count, 0, path.read_bytes()))
+            self.events.append(("sync", self._count))
+        self.events.append(("names",))
 
     def open(self, path: Path, *, write: bool = False, create: bool = False) -> int:
         fd = super().open(path, write=write, create=create)
@@ -103,7 +117,7 @@ class RecordingStorage(OsStorage):
         self._files.pop(path.name, None)
         self.events.append(("unlink", path.name))
 
-    def sync_directory(self, path: Path) -> None:
+    def sync_directory(self, path: Path) -> None:  # noqa: ARG002
         self.events.append(("names",))
 
 
@@ -111,17 +125,17 @@ class QuickStorage(OsStorage):
     """For logs whose machine is not switched off: flushes nothing, and is quick."""
 
     def fdatasync(self, fd: int) -> None:
-        pass
+        """Does nothing."""
 
     def sync_directory(self, path: Path) -> None:
-        pass
+        """Does nothing."""
 
 
 class ForgetfulStorage(RecordingStorage):
     """Claims to have flushed, and has not."""
 
     def fdatasync(self, fd: int) -> None:
-        pass
+        """Does nothing."""
 
 
 @dataclass

@@ -37,18 +37,19 @@ class Story:
         self.now_ns = 0
 
     def at(self, now_s, *events):
-        actions = ()
+        actions: tuple[Action, ...] = ()
         self.now_ns = int(now_s * S)
         for event in events:
             self.child, actions = step(self.child, event, self.now_ns, self.policy)
         return list(actions)
 
     @property
-    def state(self):
+    def state(self) -> State:
         return self.child.state
 
     @property
     def wait_s(self):
+        assert self.child.due_ns is not None
         return (self.child.due_ns - self.now_ns) / S
 
 
@@ -188,11 +189,11 @@ def test_a_job_that_does_nothing_is_restarted_only_where_a_hang_limit_is_set():
 def test_a_job_that_is_blocked_in_put_never_hangs():
     story = running(dataclasses.replace(POLICY, hang_limit_s=5.0))
     story.at(1, Report(has_advanced=False, is_blocked=True))
-    assert story.state is State.BLOCKED
+    assert story.child.reason == "its ring is full"
     assert story.at(10_000, Tick()) == []
+    assert story.state is State.BLOCKED
     story.at(10_001, Report(has_advanced=False, is_blocked=False))
-    assert story.state is State.RUNNING
-    assert story.wait_s == 5.0
+    assert (story.state, story.wait_s) == (State.RUNNING, 5.0)
 
 
 def test_a_process_that_never_says_it_has_started_is_ended_and_tried_again():
@@ -290,8 +291,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule(reason=st.just("none left"))
     def a_spawn_fails(self, reason):
-        due = self.child.state is State.BACKOFF and self.child.due_ns is not None
-        if due:
+        if self.child.state is State.BACKOFF and self.child.due_ns is not None:
             self.now_ns = max(self.now_ns, self.child.due_ns)
             assert self.happen(Tick()) == (Action.SPAWN,)
             self.happen(SpawnFailed(reason))

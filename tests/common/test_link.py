@@ -30,7 +30,7 @@ def raw():
 
 
 def take(link, count):
-    found = []
+    found: list[dict[str, object]] = []
     while len(found) < count:
         assert select.select([link], [], [], 5)[0], "nothing came"
         found += link.receive()

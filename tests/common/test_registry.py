@@ -33,9 +33,12 @@ CSV = '[store_config.csv]\nfile_path = "{}"\n'
 @pytest.fixture
 def config_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     (tmp_path / "my.py").write_text(SOURCE)
-    return tmp_path
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
 
 
 def load(config_dir, takes_stores=True, **files):

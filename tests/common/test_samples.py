@@ -6,7 +6,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-
 from edgedaq.config import DAQJobConfig
 from edgedaq.config_dir import load_jobs
 from edgedaq.main_config import read_main
@@ -52,5 +51,3 @@ def test_samples_say_every_setting_that_only_that_job_has():
             continue
         own = {field.name for field in msgspec.structs.fields(load_class(file.target, EXAMPLES).config_type)}
         assert own - common - optional <= set(file.raw), file.path
-
-

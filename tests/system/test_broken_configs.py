@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import edgedaq_agent.cli
+import edgedaq_aggregator.cli
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,32 +262,39 @@ def write(config_dir, files):
         (config_dir / name).write_text(text)
 
 
-def judge(process, case):
+def judge_process(process, case):
     try:
         out, err = process.communicate(timeout=30)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
+    judge(process.returncode, out, err, case)
+
+
+def judge(status, out, err, case):
     lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
-    assert process.returncode == 78, (process.returncode, out, err)
+    assert status == 78, (status, out, err)
     assert len(lines) == 1, err
     assert re.search(case.line, lines[0]), lines[0]
     assert out == ""
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_a_broken_configuration_is_one_line_and_status_78(case, tmp_path):
+def test_a_broken_configuration_is_one_line_and_status_78(case, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
     config_dir = tmp_path / "configs"
     write(config_dir, case.files)
     before = sorted(path.name for path in config_dir.iterdir())
-    both = [start(case.side, command, config_dir) for command in ("check", "run")]
+    process = start(case.side, "run", config_dir)
     try:
-        for process in both:
-            judge(process, case)
+        main = {"agent": edgedaq_agent.cli.main, "aggregator": edgedaq_aggregator.cli.main}[case.side]
+        status = main(["check", "--config-dir", str(config_dir)])
+        told = capfd.readouterr()
+        judge(status, told.out, told.err, case)
+        judge_process(process, case)
     finally:
-        for process in both:
-            process.kill()
-            process.communicate()
+        process.kill()
+        process.communicate()
     after = sorted(path.name for path in config_dir.iterdir() if path.name != "__pycache__")
     assert after == before, "something was made although nothing may run"
 
@@ -294,7 +303,7 @@ def test_a_directory_that_does_not_exist_is_one_line_and_status_78(tmp_path):
     case = Case("", {}, r"none: does not exist; --config-dir must name a directory")
     for side in ("agent", "aggregator"):
         for command in ("check", "run", "status"):
-            judge(start(side, command, tmp_path / "none"), case)
+            judge_process(start(side, command, tmp_path / "none"), case)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -304,7 +313,7 @@ def test_an_unwritable_directory_is_one_line_and_status_78(tmp_path):
     write(config_dir, {"agent.toml": f'supervisor_id = "n1"\nstate_dir = "{closed}/state"\n', "a.toml": JOB})
     case = Case("", {}, r"agent\.toml: state_dir must be writable, .* is not")
     for command in ("check", "run"):
-        judge(start("agent", command, config_dir), case)
+        judge_process(start("agent", command, config_dir), case)
 
 
 def test_every_problem_of_every_file_is_told_at_once(tmp_path):

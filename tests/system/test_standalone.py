@@ -133,7 +133,7 @@ def test_the_seeds_job_and_a_store_in_one_directory_run_with_one_command(standal
     standalone.start()
     standalone.wait_rows("my_job.csv", 10)
     standalone.stop()
-    assert {row["value"] for row in standalone.rows("my_job.csv")} == {"42.0"}
+    assert {float(row["value"]) for row in standalone.rows("my_job.csv")} == {42.0}
     assert abs(float(standalone.rows("my_job.csv")[-1]["timestamp"]) - utc_ns() / 1e9) < 60
 
 

@@ -15,7 +15,7 @@ the last durable commit is void: ``recover`` returns to it, and the same rows co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from edgedaq.delivery import StreamTable
 from edgedaq.frame import Frame
@@ -68,6 +68,9 @@ class Backend(Protocol):
 
     def committed(self) -> None:
         """Be told that the commit is durable, before the next ``commit``."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is worth telling in ``status``, e.g. ``{"files": 3}``."""
 
     def close(self) -> None:
         """Give everything back; commits nothing. May be called again, and before ``recover``."""

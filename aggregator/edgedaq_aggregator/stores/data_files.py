@@ -13,39 +13,29 @@ made shorter than written    an error that says what is lost; renamed to ``name.
 Recovery cuts a file that is longer than its commit record back to it, after checking that the bytes of the
 last commit are those that were recorded; where they are not, it is another file, and is left alone. After an
 orderly end nothing is cut: what is longer was made so by someone else.
-
-Names: ``<out_dir>/<node>/<parents>/<date>_<stem>.<n><suffix>``. Directories are made; a symbolic link below
-``out_dir`` is never followed.
 """
 
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import structlog
 import xxhash
-from edgedaq.errors import ConfigError, StoreError
-from edgedaq.names import check_name
+from edgedaq.errors import StoreError
 from edgedaq.storage import Storage
-from edgedaq.store_config import check_file_path
 
 from edgedaq_aggregator.stores.commits import FileMark
 from edgedaq_aggregator.stores.data_file import Compressor, DataFile
+from edgedaq_aggregator.stores.file_names import PathRefusedError, numbered, resolve
 
-__all__ = ["DataFiles", "PathRefusedError"]
+__all__ = ["DataFiles"]
 
 OPEN_FILES_MAX = 256
 _NUMBERS_MAX = 1000
-_MARKS = re.compile(r"_marks(\.[a-z0-9]+)*\.csv\Z")
 _CHECK_BYTES = 1 << 22
 _REFUSALS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EILSEQ)
-
-
-class PathRefusedError(Exception):
-    """Rows cannot go where their stream asks; they go to ``_refused/`` instead."""
 
 
 class DataFiles:
@@ -118,7 +108,8 @@ class DataFiles:
             PathRefusedError: There is no file to be had there, now or later.
             OSError: There may be later.
         """
-        directory, base = self._resolve(node, file_path, is_ours=is_ours)
+        directory, base, changed = resolve(self._out_dir, node, file_path, is_ours=is_ours)
+        self._new_directories |= changed
         if date:
             base = f"{date}_{base}"
         if suffix and not base.endswith(suffix):
@@ -127,13 +118,18 @@ class DataFiles:
         if owner:
             return self._own(directory, base, digest, compress, owner)
         for number in range(1, _NUMBERS_MAX):
-            file = self._candidate(directory, _numbered(base, number, suffix), header, digest, compress)
+            file = self._candidate(directory, numbered(base, number, suffix), header, digest, compress)
             if file is not None:
                 if number > 1 and file.is_empty:
                     self._log.warning("file.numbered", path=file.name, reason="another holds the plain name")
                 return file
         message = f"{node}: {file_path}: all of {_NUMBERS_MAX} numbers are taken"
         raise PathRefusedError(message)
+
+    @property
+    def count(self) -> int:
+        """Files that rows go to now."""
+        return sum(not mark.sealed for mark in self._marks.values())
 
     def is_recorded(self, node: str, file_path: str) -> bool:
         """Tell whether a file of this name is known from earlier commits."""
@@ -185,29 +181,6 @@ class DataFiles:
         for file in list(self._open.values()):
             file.pins = 0
             self._drop(file)
-
-    def _resolve(self, node: str, file_path: str, *, is_ours: bool) -> tuple[Path, str]:
-        try:
-            parts = PurePosixPath(
-                check_name("node", node), file_path if is_ours else check_file_path(file_path)
-            ).parts
-        except ConfigError as e:
-            raise PathRefusedError(str(e)) from e
-        if not is_ours and _MARKS.match(parts[-1]):
-            message = f"{parts[-1]} is the name of a file of marks"
-            raise PathRefusedError(message)
-        directory = self._out_dir
-        directory.mkdir(parents=True, exist_ok=True)
-        for part in parts[:-1]:
-            parent, directory = directory, directory / part
-            try:
-                directory.mkdir()
-                self._new_directories.add(parent)
-            except FileExistsError:
-                if directory.is_symlink() or not directory.is_dir():
-                    message = f"{directory} is not a directory of its own"
-                    raise PathRefusedError(message) from None
-        return directory, parts[-1]
 
     def _candidate(
         self, directory: Path, base: str, header: bytes, digest: int, compress: Compressor | None
@@ -400,12 +373,3 @@ class DataFiles:
         if file.fd >= 0:
             self._storage.close(file.fd)
             file.fd = -1
-
-
-def _numbered(base: str, number: int, suffix: str) -> str:
-    if number == 1:
-        return base
-    stem = base[: -len(suffix)] if suffix else base
-    found = re.match(r"(.+)(\.[^.]+)\Z", stem)
-    numbered = f"{found[1]}.{number}{found[2]}" if found else f"{stem}.{number}"
-    return numbered + suffix

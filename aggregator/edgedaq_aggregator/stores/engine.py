@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import structlog
 from edgedaq.delivery import StreamState, StreamTable, Verdict, gap_of
 from edgedaq.errors import WireError
-from edgedaq.frame import DATA_KINDS, FLAG_CONTINUES, FLAG_PIECE, Frame, Kind, decode, unpack_map
+from edgedaq.frame import DATA_KINDS, FLAG_PIECE, Frame, Kind, decode, unpack_map
 from edgedaq.open_info import OpenInfo, decode_open
 from edgedaq.segment_format import Hole, Record
 from edgedaq.segment_gaps import bridge
@@ -24,26 +25,14 @@ from edgedaq.segment_gaps import bridge
 from edgedaq_aggregator.stores.backend import Backend, Refusal
 from edgedaq_aggregator.stores.commits import Change
 from edgedaq_aggregator.stores.marks import Mark
+from edgedaq_aggregator.stores.pieces import Pieces
 
-__all__ = ["MESSAGE_BYTES_MAX", "StoreEngine"]
+__all__ = ["StoreEngine"]
 
 WRITE_ROWS = 10_000
 WRITE_BYTES = 1 << 20
 GATHER_BYTES = 8 << 20
 FOREIGN_MAX = 65536
-MESSAGE_BYTES_MAX = 256 << 20
-"""Largest RAW message that is held together; a larger one is refused."""
-
-
-@dataclass(slots=True)
-class _Partial:
-    """A RAW message of which pieces are still to come."""
-
-    before: StreamState
-    position: int
-    frames: list[Frame] = field(default_factory=list)
-    held_bytes: int = 0
-    is_refused: bool = False
 
 
 @dataclass(slots=True)
@@ -76,6 +65,7 @@ class StoreEngine:
         self.in_count = self.in_bytes = self.last_in_ns = 0
         self.duplicate_count = self.refused_count = 0
         self.stored_rows = self.stored_bytes = 0
+        self.stored_by_node: dict[str, int] = {}
         self.commit_count = 0
         self.uncommitted_bytes = 0
         self._infos: dict[int, OpenInfo] = {}
@@ -83,20 +73,23 @@ class StoreEngine:
             self._infos[account.stream] = decode_open(decode(memoryview(account.open_raw)))
         self._gathered: dict[int, _Gathered] = {}
         self._gathered_bytes = 0
-        self._partials: dict[int, _Partial] = {}
-        self._headless: set[int] = set()
+        self._pieces = Pieces()
         self._foreign: dict[int, None] = {}
         self._changed: dict[int, None] = {}
         self._ended: list[int] = []
         self._has_marks = False
-        self._under_way: tuple[Change, int, int] | None = None
-        self._written_rows = self._written_bytes = 0
+        self._under_way: tuple[Change, dict[str, int], int] | None = None
+        self._written_bytes = 0
         self._log = structlog.get_logger().bind(store=key)
 
     @property
     def has_changes(self) -> bool:
         """There is something of its streams that is not in a commit."""
         return bool(self._changed) or self._has_marks
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the backend tells about itself."""
+        return self._backend.facts()
 
     def wants(self, stream: int) -> bool:
         """Tell whether frames of a stream may be for this store: all but those known to be for others only.
@@ -141,23 +134,23 @@ class StoreEngine:
     def commit(self, *, is_clean: bool = False) -> Callable[[], None]:
         """Write everything gathered; return what makes it durable in any thread, before ``committed_now``."""
         self._write_all()
+        accounts = []
+        stored: dict[str, int] = {}
+        for stream in self._changed:
+            account = self._pieces.before(stream) or self._account(stream)
+            if account is not None:
+                accounts.append(replace(account))
+                known, node = self.committed.get(stream), self._infos[stream].node
+                stored[node] = stored.get(node, 0) + account.rows - (known.rows if known else 0)
         for stream in self._ended:
             self._backend.end(stream)
             self._infos.pop(stream, None)
         self._ended.clear()
-        accounts = []
-        for stream in self._changed:
-            partial = self._partials.get(stream)
-            account = self._account(stream) if partial is None else partial.before
-            if account is not None:
-                accounts.append(replace(account))
-        position = min([partial.position for partial in self._partials.values()], default=self.position)
-        change = Change(position, accounts=accounts, clean=is_clean)
+        change = Change(self._pieces.position(self.position), accounts=accounts, clean=is_clean)
         make_durable = self._backend.commit(change)
-        self._under_way = change, self._written_rows, self._written_bytes
-        self._written_rows = self._written_bytes = 0
-        self.uncommitted_bytes = 0
-        self._changed = dict.fromkeys(self._partials)
+        self._under_way = change, stored, self._written_bytes
+        self._written_bytes = self.uncommitted_bytes = 0
+        self._changed = dict.fromkeys(self._pieces.streams())
         self._has_marks = False
         return make_durable
 
@@ -165,11 +158,13 @@ class StoreEngine:
         """Be told that the commit under way is durable."""
         if self._under_way is None:
             return
-        change, rows, body_bytes = self._under_way
+        change, stored, body_bytes = self._under_way
         self._under_way = None
         self._backend.committed()
         self.committed_position = change.position
-        self.stored_rows += rows
+        for node, rows in stored.items():
+            self.stored_rows += rows
+            self.stored_by_node[node] = self.stored_by_node.get(node, 0) + rows
         self.stored_bytes += body_bytes
         self.commit_count += 1
         for account in change.accounts:
@@ -203,8 +198,7 @@ class StoreEngine:
         elif frame.flags & FLAG_PIECE and frame.kind is Kind.RAW:
             self._take_piece(frame, state, position)
         else:
-            self._end_partial(stream, "its pieces end in the middle")
-            self._headless.discard(stream)
+            self._interrupt(stream, "its pieces end in the middle")
             self.table.apply(frame)
             self._gather(stream, [frame])
 
@@ -231,12 +225,14 @@ class StoreEngine:
         stream, kind = frame.stream, frame.kind
         info, before_ns = self._infos[stream], state.t_last_ns
         first, last, rows, reason = frame.seq, frame.seq, None, ""
-        self._end_partial(stream, f"its pieces end in a {kind.name}")
+        gap_rows = state.gap_rows
+        self._interrupt(stream, f"its pieces end in a {kind.name}", is_loss=kind is Kind.GAP)
         try:
             if kind is Kind.GAP:
                 first = max(frame.seq, state.next_seq)
                 last, rows, reason = gap_of(frame)
-                self._headless.add(stream)
+                if rows is not None:
+                    rows = max(frame.row0 + rows - state.next_row, 0)
             elif kind is Kind.CLOSE:
                 body = unpack_map(frame.body)
                 if not body.get("tail_unknown"):
@@ -249,69 +245,43 @@ class StoreEngine:
         except WireError as e:
             self._refuse(Refusal(frame, str(e)))
             state.next_seq = frame.seq + 1
+            self._mark(Mark(info, stream, "refused", before_ns, frame.seq, frame.seq, 0, str(e)))
             return
+        state.gap_rows = gap_rows + (rows or 0)  # of a GAP that overlaps what came, only what did not
         if kind is Kind.CLOSE:
             self._ended.append(stream)
-            self._headless.discard(stream)
             if reason == "-":
                 return
         self._mark(Mark(info, stream, kind.name.lower(), before_ns, first, last, rows, reason))
 
     def _take_piece(self, frame: Frame, state: StreamState, position: int) -> None:
-        stream = frame.stream
-        is_last = not frame.flags & FLAG_CONTINUES
-        partial = self._partials.get(stream)
-        if partial is None and stream in self._headless:
-            # Behind a gap nothing tells whether this is a message's first piece: a torn one is never stored.
-            self.table.apply(frame)
-            if is_last:
-                self._headless.discard(stream)
-                self._lose(stream, frame, "the begin of this message may be in the gap before it")
-            return
-        if partial is None:
-            partial = self._partials[stream] = _Partial(replace(state), position)
+        before = replace(state)
         self.table.apply(frame)
-        partial.held_bytes += len(frame.body)
-        if partial.held_bytes > MESSAGE_BYTES_MAX:
-            partial.is_refused = True
-            partial.frames.clear()
-        else:
-            partial.frames.append(frame)
-        if not is_last:
-            return
-        del self._partials[stream]
-        if partial.is_refused:
-            self._lose(stream, frame, f"a message must have at most {MESSAGE_BYTES_MAX} bytes")
-        else:
-            self._gather(stream, partial.frames)
+        whole = self._pieces.add(frame, before, position)
+        if isinstance(whole, str):
+            self._lose(frame, whole)
+        elif whole:
+            self._gather(frame.stream, whole)
 
-    def _end_partial(self, stream: int, reason: str) -> None:
+    def _interrupt(self, stream: int, reason: str, *, is_loss: bool = False) -> None:
         """Drop a message that will not be whole. It counts no row: only a last piece does."""
-        partial = self._partials.pop(stream, None)
-        if partial is None:
+        dropped = self._pieces.interrupt(stream, is_loss=is_loss)
+        if dropped is None:
             return
+        first, size_bytes = dropped
         state = self.table.streams[stream]
-        reason = f"a message of more than {partial.held_bytes} bytes was not stored: {reason}"
-        first, last = partial.before.next_seq, state.next_seq - 1
+        reason = f"a message of more than {size_bytes} bytes was not stored: {reason}"
+        last = state.next_seq - 1
         self._mark(Mark(self._infos[stream], stream, "gap", state.t_last_ns, first, last, 0, reason))
 
     def _skip(self, state: StreamState, frame: Frame) -> None:
         """Write down that frames are missing here, and go on behind them."""
         stream = state.stream
-        self._end_partial(stream, "the next piece is missing")
+        reason = "missing in the journal"
+        self._interrupt(stream, reason, is_loss=True)
         rows = frame.row0 - state.next_row if frame.row0 >= state.next_row else None
-        mark = Mark(
-            self._infos[stream],
-            stream,
-            "gap",
-            state.t_last_ns,
-            state.next_seq,
-            frame.seq - 1,
-            rows,
-            "missing in the journal",
-        )
-        self._mark(mark)
-        self._headless.add(stream)
+        info, before_ns, first = self._infos[stream], state.t_last_ns, state.next_seq
+        self._mark(Mark(info, stream, "gap", before_ns, first, frame.seq - 1, rows, reason))
         state.gap_frames += frame.seq - state.next_seq
         state.gap_rows += rows or 0
         state.gaps_unknown += rows is None
@@ -351,42 +321,25 @@ class StoreEngine:
         held = self._gathered.pop(stream)
         self._gathered_bytes -= held.body_bytes
         refusals = self._backend.write(stream, held.frames)
-        self._written_rows += held.rows
         self._written_bytes += held.body_bytes
         for refusal in refusals:
-            self._written_rows -= refusal.frame.rows
             self._written_bytes -= len(refusal.frame.body)
             self._refuse(refusal)
-            account = self._account(stream)
-            if account is not None:
-                account.rows -= refusal.frame.rows
-                account.gap_rows += refusal.frame.rows
+            self._lose(refusal.frame, refusal.reason)
 
     def _refuse(self, refusal: Refusal) -> None:
-        frame = refusal.frame
         self.refused_count += 1
         self._set_aside(refusal)
-        info = self._infos[frame.stream]
-        self._mark(
-            Mark(
-                info,
-                frame.stream,
-                "refused",
-                frame.t_first_ns,
-                frame.seq,
-                frame.seq,
-                frame.rows,
-                refusal.reason,
-            )
-        )
 
-    def _lose(self, stream: int, frame: Frame, reason: str) -> None:
-        """Count a whole message as missing, of which ``frame`` was the last piece."""
-        account = self.table.streams[stream]
-        account.rows -= frame.rows
-        account.gap_rows += frame.rows
+    def _lose(self, frame: Frame, reason: str) -> None:
+        """Count rows as missing that were counted as stored, and write it down."""
+        stream, rows = frame.stream, frame.rows
+        for account in (self._account(stream), self._pieces.before(stream)):
+            if account is not None:
+                account.rows -= rows
+                account.gap_rows += rows
         info = self._infos[stream]
-        self._mark(Mark(info, stream, "refused", frame.t_first_ns, frame.seq, frame.seq, frame.rows, reason))
+        self._mark(Mark(info, stream, "refused", frame.t_first_ns, frame.seq, frame.seq, rows, reason))
 
     def _mark(self, mark: Mark) -> None:
         self._has_marks = True

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 from edgedaq.clock import utc_date
@@ -27,7 +27,8 @@ from edgedaq.storage import Storage
 from edgedaq_aggregator.stores.backend import Recovered, Refusal
 from edgedaq_aggregator.stores.commits import Change, CommitLog
 from edgedaq_aggregator.stores.data_file import Buffer, Compressor, DataFile
-from edgedaq_aggregator.stores.data_files import DataFiles, PathRefusedError
+from edgedaq_aggregator.stores.data_files import DataFiles
+from edgedaq_aggregator.stores.file_names import PathRefusedError
 from edgedaq_aggregator.stores.marks import MARKS_HEADER, Mark, mark_line, marks_file
 
 __all__ = ["Encoder", "FileBackend", "FileFormat", "FileOptions", "Piece"]
@@ -194,6 +195,10 @@ class FileBackend:
         """See ``Backend``."""
         self._files.committed(self._under_way)
         self._under_way = []
+
+    def facts(self) -> dict[str, Any]:
+        """See ``Backend``."""
+        return {"files": self._files.count}
 
     def close(self) -> None:
         """See ``Backend``."""

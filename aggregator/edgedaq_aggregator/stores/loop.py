@@ -102,6 +102,8 @@ class StoreLoop:
         self._pause_s = PAUSE_FIRST_S
         self._error: str | None = None
         self._past: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
+        self._past_by_node: dict[str, int] = {}
+        self._current_s = 0.0
         self._report: dict[str, Any] = {}
         self._report_due_s = 0.0
         self._last_commit_s = 0.0
@@ -109,7 +111,8 @@ class StoreLoop:
 
     def report(self) -> dict[str, Any]:
         """Return the facts for status; for any thread."""
-        return {**self._report, "error": self._error}
+        state = "following" if self._error is None else "retrying"
+        return {**self._report, "state": state, "error": self._error}
 
     def run(self) -> None:
         """Return when told to stop, everything that was readable then committed."""
@@ -202,13 +205,21 @@ class StoreLoop:
             return
         self._report_due_s = now + 0.5
         counts = {name: self._past[name] + getattr(engine, name) for name in _COUNTERS}
+        by_node = dict(self._past_by_node)
+        _add(by_node, engine.stored_by_node)
         newest = list(engine.committed.values())[-REPORTED_STREAMS_MAX:]
         position = engine.committed_position or follower.position or 0
+        lag_bytes = max(follower.tail - position, 0)
+        if not lag_bytes:
+            self._current_s = now
         self.in_count, self.in_bytes = counts["in_count"], counts["in_bytes"]
         self.last_in_ns = engine.last_in_ns or self.last_in_ns
         self._report = {
             **counts,
-            "lag_bytes": max(follower.tail - position, 0),
+            **engine.facts(),
+            "stored": {node: {"stored_rows": rows} for node, rows in by_node.items()},
+            "lag_bytes": lag_bytes,
+            "lag_s": round(now - self._current_s, 3) if lag_bytes and self._current_s else 0.0,
             "last_commit_s": round(max(now - self._last_commit_s, 0.0), 3) if self._last_commit_s else None,
             "streams": {
                 f"{state.stream:016x}": [state.next_seq, state.rows, state.gap_rows, state.closed]
@@ -219,6 +230,7 @@ class StoreLoop:
     def _fold(self, engine: StoreEngine) -> None:
         for name in _COUNTERS:
             self._past[name] += getattr(engine, name)
+        _add(self._past_by_node, engine.stored_by_node)
 
     def _set_aside(self, refusal: Refusal) -> None:
         """Keep a refused frame for a human, as long as there are not many."""
@@ -238,3 +250,8 @@ _COUNTERS = (
     "duplicate_count",
     "refused_count",
 )
+
+
+def _add(sums: dict[str, int], more: dict[str, int]) -> None:
+    for key, count in more.items():
+        sums[key] = sums.get(key, 0) + count
