@@ -238,6 +238,11 @@ def _check(aggregator: Aggregator) -> None:
     aggregator.warnings += missing_stores(aggregator.files)
     if not any(file.is_store for file in aggregator.files):
         aggregator.warnings.append(f"{place.config_dir}: has no store; what arrives waits in the journal")
+    agent_toml = place.config_dir / "agent.toml"
+    if aggregator.is_standalone and agent_toml.exists():
+        aggregator.warnings.append(
+            f"{agent_toml}: is not read here; {FILE_NAME} may hold what standalone needs"
+        )
     if aggregator.is_standalone and not place.forward:
         aggregator.warnings.append(f"{place.config_dir}: has no job besides stores; nothing is taken")
 

@@ -174,7 +174,7 @@ def run_demo(out_dir: Path, seconds: float, stream: TextIO = sys.stdout) -> int:
         _say(stream, "", format_ledger(rows))
         if not all(row.balances for row in rows):
             problems.append("the ledger does not balance")
-        elif not rows:
+        elif not rows and not stops:
             problems.append("nothing was stored")
     _say(stream, *problems)
     return 1 if problems else 0

@@ -91,7 +91,15 @@ def format_ledger(rows: Sequence[LedgerRow], *, limit: int = 40) -> str:
     hidden = set(settled[: max(len(rows) - limit, 0)])
     shown = [row for row in rows if row not in hidden]
     streams = len({row.stream for row in rows})
-    parts = [table(_COLUMNS, [(f"{row.node}/{row.job}", row.stream, *row[4:10], _state_of(row)) for row in shown])] if shown else []
+    parts = (
+        [
+            table(
+                _COLUMNS, [(f"{row.node}/{row.job}", row.stream, *row[4:10], _state_of(row)) for row in shown]
+            )
+        ]
+        if shown
+        else []
+    )
     if hidden:
         stored, dropped = sum(row.stored for row in hidden), sum(row.dropped for row in hidden)
         parts.append(f"and {len(hidden)} older ones that are complete: {stored} stored, {dropped} dropped")

@@ -155,8 +155,8 @@ class Merge:
 
         Args:
             nodes: Counts since it started (``in_bytes``, ``duplicate_count``, ``gap_count``,
-                ``dropped_rows``), ``last_active_ns`` (UTC), ``latency`` and ``latency_by_job`` (sketches of seconds, see
-                ``QuantileSketch.to_list``), ``clock_offset_ms`` and ``clock_error_ms``.
+                ``dropped_rows``), ``last_active_ns`` (UTC), ``latency`` and ``latency_by_job`` (sketches of
+                seconds, see ``QuantileSketch.to_list``), ``clock_offset_ms`` and ``clock_error_ms``.
             streams: All that are open, and the newest that have ended.
         """
         for stream, arrived in streams.items():

@@ -139,6 +139,7 @@ class Reception:
             due_ns = self.step()
         self._poller.unregister(stop_fd)
         self._stop()
+        self._report = self._make_report(mono_ns())
 
     def step(self) -> int:
         """Do everything that can be done now; return when to do so again at the latest (monotonic ns)."""

@@ -61,7 +61,7 @@ class _Table(app.LiveView):
     def show(self, supervisor: Supervisor) -> None:
         """Draw it anew."""
         status = supervisor.status()
-        with contextlib.suppress(BrokenPipeError):  # nobody looks any more; the data go on
+        with contextlib.suppress(OSError):  # nobody looks any more; the data go on
             self._live.show(format_status(status), summary_line(status))
 
 

@@ -1,6 +1,6 @@
-"""Files beside the rings by which consumers hold them: ``<life>.<consumer>.claim``.
+"""Files beside the rings by which consumers hold them.
 
-::
+``<life>.<consumer>.claim``::
 
     offset  size
          0     8  position up to which the consumer has released, as of its end (0 before)
@@ -8,6 +8,9 @@
 
 While a file says 0 the ring is kept, also when its producer and its consumer are gone, until the consumer
 comes back or ``withdraw_claim`` says that it will not. Consumers named in the ring's header need no file.
+
+``<consumer>.wants``: msgpack list of the consumer's topics. A producer that is born while it is there claims
+its ring for that consumer at once, before the first put.
 """
 
 from __future__ import annotations
@@ -15,12 +18,25 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
-from edgedaq.errors import WireError
+import msgspec
+
+from edgedaq.errors import ConfigError, WireError
+from edgedaq.names import check_name
 from edgedaq.ring import is_alive, is_own, map_ring
 
-__all__ = ["ClaimFile", "claim_path", "is_claimed", "sweep_rings", "unlink_ring", "withdraw_claim"]
+__all__ = [
+    "ClaimFile",
+    "claim_path",
+    "is_claimed",
+    "read_wants",
+    "sweep_rings",
+    "unlink_ring",
+    "withdraw_claim",
+    "write_wants",
+]
 
 _CLAIM = struct.Struct("<QQ")
 
@@ -54,9 +70,32 @@ def claim_path(rings_dir: Path, life: str, consumer: str) -> Path:
     return rings_dir / f"{life}.{consumer}.claim"
 
 
+def write_wants(rings_dir: Path, consumer: str, topics: Sequence[str]) -> None:
+    """Let producers that are born from now on claim their rings for this consumer."""
+    path = _wants_path(rings_dir, consumer)
+    temporary = path.with_suffix(".wants.new")
+    temporary.write_bytes(msgspec.msgpack.encode(list(topics)))
+    temporary.rename(path)
+
+
+def read_wants(rings_dir: Path) -> dict[str, list[str]]:
+    """Return the topics of all consumers that said what they want; what is not valid is left out."""
+    found = {}
+    for path in rings_dir.glob("*.wants"):
+        with contextlib.suppress(OSError, ConfigError, msgspec.DecodeError):
+            found[check_name("consumer", path.stem)] = msgspec.msgpack.decode(
+                path.read_bytes(), type=list[str]
+            )
+    return found
+
+
+def _wants_path(rings_dir: Path, consumer: str) -> Path:
+    return rings_dir / f"{consumer}.wants"
+
+
 def withdraw_claim(rings_dir: Path, consumer: str) -> None:
     """End all claims of a consumer that has failed or was removed; producers notice within a second."""
-    for path in rings_dir.glob(f"*.{consumer}.claim"):
+    for path in (_wants_path(rings_dir, consumer), *rings_dir.glob(f"*.{consumer}.claim")):
         path.unlink(missing_ok=True)
 
 

@@ -71,6 +71,11 @@ class Claims:
         """Return the position up to which nobody needs the ring."""
         return min((claim.floor(head) for claim in self.claims.values()), default=head)
 
+    def add(self, name: str, topics: Sequence[str]) -> None:
+        """Hold the ring for a consumer that is known by a file, before anything is published."""
+        if name not in self.claims:
+            self.claims[name] = Claim(name, topics, is_lasting=False, released=0, last_end=0, has_file=True)
+
     @property
     def is_anyone_there(self) -> bool:
         """Some consumer is connected."""

@@ -7,6 +7,7 @@ is one line on stderr that names file, key, value and what is allowed.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 import time
@@ -19,7 +20,7 @@ from edgedaq.config_dir import JobFile
 from edgedaq.control import ControlError, request
 from edgedaq.errors import ConfigError, EdgeDAQError
 from edgedaq.logsetup import get_logger, is_service
-from edgedaq.runtime_dir import InstanceLock, prepare, remove
+from edgedaq.runtime_dir import InstanceLock, remove
 from edgedaq.supervisor import Supervisor, SupervisorSetup
 from edgedaq.tables import LiveTable, format_status, summary_line
 
@@ -52,9 +53,6 @@ def say(text: str) -> None:
 
 def guarded(command: Callable[[], int]) -> int:
     """Run a command; what it raises becomes lines on stderr and an exit status."""
-    if sys.platform == "win32":
-        sys.stderr.write("EdgeDAQ does not run on Windows: it needs Linux, or macOS for developing\n")
-        return 1
     try:
         return command()
     except ConfigError as e:
@@ -63,8 +61,10 @@ def guarded(command: Callable[[], int]) -> int:
     except EdgeDAQError as e:
         sys.stderr.write(f"{e}\n")
         return 1
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read, e.g. head, has seen enough, and the interpreter would complain
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        sys.stderr.close()  # the reader or the terminal is gone, and the interpreter would complain
         return 1
     except KeyboardInterrupt:
         return 1
@@ -96,7 +96,6 @@ def run_supervisor(runtime_dir: Path, make: Callable[[], SupervisorSetup]) -> in
     Raises:
         ConfigError: The directory cannot be used, or another supervisor runs in it.
     """
-    prepare(runtime_dir)
     with InstanceLock(runtime_dir):
         try:
             return Supervisor(make()).run()

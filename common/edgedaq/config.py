@@ -121,7 +121,7 @@ def build_job_config(config_type: type[J], raw: Mapping[str, Any], *, file: str,
     config = build(config_type, raw, file)
     unique_id = config.daq_job_unique_id or stem
     try:
-        config.daq_job_unique_id = check_name("daq_job_unique_id", unique_id)
+        msgspec.structs.force_setattr(config, "daq_job_unique_id", check_name("daq_job_unique_id", unique_id))
     except ConfigError as e:
         message = f"{file}: {e}"
         raise ConfigError(message) from e

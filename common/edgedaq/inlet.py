@@ -16,7 +16,7 @@ runs whose ``end`` goes on counting.
 A ring that its own process produces is never seen. All of an inlet is used by one thread.
 
 An inlet with ``retire`` removes rings of the dead that nobody needs any more; one without holds the rings
-that it is not through with by claim files.
+that it is not through with, and those of jobs that are born later, by ``claim_files``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, Self
 
 import zmq
 
-from edgedaq.claim_files import ClaimFile, is_claimed, sweep_rings, unlink_ring, withdraw_claim
+from edgedaq.claim_files import ClaimFile, is_claimed, sweep_rings, unlink_ring, withdraw_claim, write_wants
 from edgedaq.errors import WireError
 from edgedaq.logsetup import get_logger
 from edgedaq.names import check_name
@@ -69,6 +69,8 @@ class Inlet:
         self._claims: dict[str, ClaimFile] = {}
         self._done: set[str] = set()
         self._log = get_logger(consumer=consumer)
+        if not retire:
+            write_wants(rings_dir, consumer, self._topics)
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 
-from edgedaq.claim_files import claim_path
+from edgedaq.claim_files import ClaimFile, claim_path, read_wants
 from edgedaq.claims import Claims
 from edgedaq.clock import utc_ns
 from edgedaq.errors import WireError
@@ -42,6 +42,9 @@ class RingServer:
         self._context = context
         self._own_context: zmq.Context[Any] | None = None
         self._claims = Claims(identity.claims, ring.layout.ring_bytes)
+        for consumer, topics in read_wants(ring.path.parent).items():
+            ClaimFile(ring.path.parent, identity.life, consumer).close()
+            self._claims.add(consumer, topics)
         self._claims_due_ns = 0
         self._socket: zmq.Socket[bytes] | None = None
         self._queued: deque[tuple[int, int]] = deque()

@@ -100,7 +100,7 @@ class InstanceLock:
     """Held by the supervisor of a runtime directory; the kernel gives it back when that process ends."""
 
     def __init__(self, runtime_dir: Path) -> None:
-        """Take the lock.
+        """Take the lock, and make the directory if it is not there.
 
         Raises:
             ConfigError: Another process holds it; the message names its pid.
@@ -108,7 +108,11 @@ class InstanceLock:
         self._path = runtime_dir / _LOCK_NAME
         self._file = -1
         for _ in range(_ATTEMPTS):  # whoever only asks holds it for a moment
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            prepare(runtime_dir)  # an ending supervisor may have removed it a moment ago
+            try:
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                continue
             if _try_lock(self._file) and self._is_current():
                 break
             self.close()
@@ -119,6 +123,7 @@ class InstanceLock:
             raise ConfigError(message)
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        prepare(runtime_dir)
 
     def _is_current(self) -> bool:
         """Tell whether the locked file still is the one of that name: an ending supervisor removes it."""

@@ -245,9 +245,11 @@ def _scan(storage: Storage, directory: Path, files: list[SegmentFile], start: in
         if cut is not None and file.first >= cut:
             break
         checkpoint = file.checkpoint()
+        if checkpoint is not None:
+            scan.cursor = checkpoint[1]
         if explainer is None:
             if checkpoint is not None:
-                scan.table, scan.cursor = checkpoint
+                scan.table = checkpoint[0]
             explainer = Explainer(scan.table, partial(find_open, storage, directory, file.first))
         if file.header is not None:
             scan.proven = max(scan.proven, file.header.durable)

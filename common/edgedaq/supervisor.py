@@ -46,6 +46,7 @@ _STOP_USUAL_S = 3.0
 _REPORT_NS = 1_000_000_000
 _POLL_MAX_MS = 250
 _LEAVE_S = 9.0
+_EXTEND_S = 15.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -180,6 +181,8 @@ class Supervisor:
         if now_ns >= self._report_due_ns:
             self._report_due_ns = max(self._report_due_ns + _REPORT_NS, now_ns + _REPORT_NS // 2)
             self._report()
+            if self._stop_ns or not self._is_ready:
+                self._notifier.extend(_EXTEND_S)
         self._tell_service_manager()
         self._notifier.ping()
 

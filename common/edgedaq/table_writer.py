@@ -107,7 +107,7 @@ class ArrowWriter(StreamWriter):
                 self._put_slice(batch.slice(at, step))
 
     def _put_slice(self, batch: Any) -> None:
-        body = memoryview(batch.serialize())
+        body = memoryview(batch.serialize()).cast("B")
         rows = batch.num_rows
         if len(body) <= min(self.sealer.limit, 2 * FRAME_TARGET_BYTES) or rows == 1:
             if len(body) > self.sealer.limit:

@@ -37,6 +37,7 @@ from typing import Any
 
 import msgspec
 
+from edgedaq.claim_files import withdraw_claim
 from edgedaq.config import EXIT_CONFIG, build_job_config
 from edgedaq.errors import ConfigError, EdgeDAQError
 from edgedaq.job import DAQJob
@@ -96,7 +97,10 @@ def _run(spec: WorkerSpec, link: Link) -> int:
         service = ServiceThread(context, link, orphan_limit_s=ORPHAN_LIMIT_S)
         service.start()
         _start(job_class, config, context, service)
-        reason = "stopped" if context.stop_requested.is_set() else "finished"
+        reason = "stopped"
+        if not context.stop_requested.is_set():
+            reason = "finished"
+            withdraw_claim(context.rings_dir, spec.unique_id)
     except JobStopped:
         reason = "stopped"
     except ConfigError as e:

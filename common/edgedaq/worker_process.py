@@ -234,6 +234,8 @@ class WorkerProcess:
                 os.kill(self._process.pid, signal.SIGTERM)
 
     def _signal_group(self, number: int) -> None:
+        if self.pid <= 0:  # killpg(0) would be this process's own group
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 

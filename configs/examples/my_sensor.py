@@ -4,7 +4,7 @@
 file name in place of its ``csv=...``. ``my_job.toml`` runs it, ``my_sensor.toml`` the other.
 """
 
-# ruff: noqa: D101, D102, TID251, I001  -- as its author wrote it
+# ruff: noqa: ANN201, D101, D102, I001, INP001, TID251  -- as its author wrote it
 
 from edgedaq import DAQJob, DAQJobConfig, DAQJobMessageStoreTabular, DAQJobStoreConfig, StorableDAQJobConfig
 from edgedaq.store_config import DAQJobStoreConfigCSV

@@ -56,7 +56,6 @@ class TestRows(JobContract):
     def check_output(self, job: RunningJob) -> None:
         rows = job.rows()
         assert rows == [row_of(index // 3, index % 3) for index in range(len(rows))]
-        assert len(rows) % 3 == 0
 
 
 class TestTable(TestRows):

@@ -119,6 +119,9 @@ def test_standalone_stores_the_seeds_two_files_and_ends_with_a_ledger_that_balan
         rows = list(csv.reader(file))
     assert rows[0] == ["timestamp", "value"]
     assert {float(row[1]) for row in rows[1:]} == {42.0}
+    with (out_dir / "stats_remote.csv").open() as file:
+        (last,) = [row for row in csv.DictReader(file) if row["supervisor"] == facts["node"]]
+    assert int(last["stored_count"]) == int(last["message_in_count"]) >= len(rows) - 1
 
 
 def test_standalone_warns_of_a_store_that_is_named_but_absent(seed_dir):

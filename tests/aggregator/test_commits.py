@@ -147,8 +147,8 @@ def test_a_full_log_is_replaced_by_its_state_at_any_moment(tmp_path):
             log.close()
             state, damage = read_commits(directory, STORAGE)
             assert damage == ""
-            assert state.position in (done, done + 1)
-            assert len(state.table.streams) == state.position
+            assert (state.position or 0) in (done, done + 1)
+            assert len(state.table.streams) == (state.position or 0)
             at += 1
             continue
         log.close()
@@ -177,6 +177,6 @@ def test_payloads_of_other_types_are_passed_over(tmp_path):
     payload = pack_map({"position": "far", "files": [], "streams": 5, "opens": None})
     head = bytes(image[8:16]) + struct.pack("<II", len(payload), 0)
     record = head + struct.pack("<Q", xxh3_64_intdigest(head + payload)) + payload
-    image[64 : 64 + len(record)] = record
+    image[64:] = record.ljust(len(image) - 64, b"\0")
     path.write_bytes(image)
     assert position(tmp_path) is None

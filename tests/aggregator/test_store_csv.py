@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 from edgedaq.batch import arrow_body, arrow_schema_bytes
 from edgedaq.frame import Kind, pack_map
 from edgedaq.schema import Column, Schema

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Kind
@@ -42,7 +43,7 @@ class TestStoreRaw(FileStoreContract):
         path = base / "out" / NODE / name
         return path.read_bytes() if path.exists() else b""
 
-    def raw_feed(self, **options: object) -> Feed:
+    def raw_feed(self, **options: Any) -> Feed:
         feed = Feed()
         feed.open(1, self.config(**options), form="raw", schema=None)
         return feed

@@ -1,8 +1,8 @@
 """A disk that forgets: records what a log writes and flushes, and rebuilds what a power cut may leave of it.
 
 The model of the disk: a write reaches it in sectors of 512 bytes; each sector of a write that no fdatasync
-followed may be missing, independently. Names change in the order in which they were changed, and any number of
-the last changes may be missing unless the directory was synced since. What was synced stays.
+followed may be missing, independently. Names change in the order in which they were changed, and any number
+of the last changes may be missing unless the directory was synced since. What was synced stays.
 """
 
 from __future__ import annotations

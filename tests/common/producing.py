@@ -43,7 +43,9 @@ def message_of(n: int, size: int) -> bytes:
 class Producer:
     """One producing process."""
 
-    def __init__(self, rings_dir: Path, *, claims: dict[str, list[str]] | None = None, **options: Any) -> None:
+    def __init__(
+        self, rings_dir: Path, *, claims: dict[str, list[str]] | None = None, **options: Any
+    ) -> None:
         setup = {
             "rings_dir": str(rings_dir),
             "claims": {"up": ["store"]} if claims is None else claims,

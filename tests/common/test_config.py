@@ -42,6 +42,13 @@ def test_a_users_configuration_has_its_own_settings_and_the_common_ones():
     assert config.hang_limit is None
 
 
+def test_a_users_configuration_may_be_frozen():
+    class Frozen(DAQJobConfig, frozen=True):  # type: ignore[misc]  # msgspec allows it
+        my_setting: str = ""
+
+    assert load(Frozen).daq_job_unique_id == "hv"
+
+
 def test_the_seeds_job_file_loads(tmp_path):
     class SensorConfig(StorableDAQJobConfig):
         interval_seconds: float = 1.0

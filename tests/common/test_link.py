@@ -101,10 +101,13 @@ def test_a_message_that_is_too_large_or_not_plain_is_the_callers_defect(ends):
 
 def test_many_threads_send_whole_messages(ends):
     ours, other = ends
-    threads = [
-        threading.Thread(target=lambda k=k: [ours.send({"k": k, "n": n}) for n in range(200)])
-        for k in range(4)
-    ]
+
+    def send(k):
+        for n in range(200):
+            ours.send({"k": k, "n": n})
+        ours.flush(5.0)
+
+    threads = [threading.Thread(target=send, args=(k,)) for k in range(4)]
     for thread in threads:
         thread.start()
     found = take(other, 800)

@@ -17,7 +17,12 @@ from edgedaq.delivery import StreamTable, Verdict
 from edgedaq.errors import WireError
 from edgedaq.frame import Frame, Kind, decode
 from edgedaq.gate import Gate
-from edgedaq.messages import DAQJobMessageEvent, DAQJobMessageStoreRaw, DAQJobMessageStoreTabular, MessageReader
+from edgedaq.messages import (
+    DAQJobMessageEvent,
+    DAQJobMessageStoreRaw,
+    DAQJobMessageStoreTabular,
+    MessageReader,
+)
 from edgedaq.raw_writer import EventWriter, RawWriter
 from edgedaq.ring import Identity, ProducedRing
 from edgedaq.ring_layout import W_COMMIT, W_OPENS_USED, W_PUBLISHED, W_RELEASED, W_SLOT_STREAM
@@ -317,7 +322,10 @@ def _mutated(old: str, new: str) -> ModuleType:
             "        account.words[W_ROWS] = rows + lost_rows\n        account.words[W_NEXT_SEQ] = account.next_seq"
             " + len(bodies)\n        self._words[W_PUBLISHED] = head\n",
         ),
-        ("        words[W_COMMIT] = 0\n        words[W_SLOT_STREAM] = 0\n", "        words[W_SLOT_STREAM] = 0\n"),
+        (
+            "        words[W_COMMIT] = 0\n        words[W_SLOT_STREAM] = 0\n",
+            "        words[W_SLOT_STREAM] = 0\n",
+        ),
         ("        words[W_ROW_BASE] = account.rows\n", "        words[W_ROW_BASE] = 0\n"),
     ],
     ids=["account before published", "commit kept at attach", "row base forgotten"],
@@ -347,7 +355,7 @@ OPS = st.lists(
 )
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ops=OPS)
 def test_whatever_a_job_puts_is_told_exactly_after_death_anywhere(
     runtime_dir: Path, ops: list[tuple[str, Any]]
@@ -451,7 +459,15 @@ def test_words_that_cannot_be_are_refused(runtime_dir: Path, word: int, value: i
 
 @pytest.mark.parametrize(
     ("word", "value"),
-    [(W_COMMIT, 2**64 - 1), (W_COMMIT, 4096 << 32), (W_SLOT_STREAM, 77), (1, 9), (1, 3), (2, 2**40), (6, 2**40)],
+    [
+        (W_COMMIT, 2**64 - 1),
+        (W_COMMIT, 4096 << 32),
+        (W_SLOT_STREAM, 77),
+        (1, 9),
+        (1, 3),
+        (2, 2**40),
+        (6, 2**40),
+    ],
 )
 def test_a_slot_that_cannot_be_is_refused(runtime_dir: Path, word: int, value: int) -> None:
     rig = Rig(runtime_dir)

@@ -105,7 +105,7 @@ def test_no_value_stops_an_experiment(text, values):
 def test_what_is_inferred_from_values_holds_them_without_widening(values):
     schema = Schema.infer(["x"], [[value] for value in values])
     _, dtypes = decode_columns(schema, encode_columns(schema, [values]))
-    assert dtypes == {} or dtypes == {"x": "utf8"}  # what no number holds, e.g. 10 ** 400
+    assert dtypes in ({}, {"x": "utf8"})  # what no number holds, e.g. 10 ** 400
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_missing_elements_of_an_array_of_floats_are_nan():
 
 def test_columns_that_are_too_large_are_split_by_rows():
     schema = Schema((Column("s", "utf8"), Column("n", "i8")))
-    columns = [["x" * (index % 90) for index in range(1000)], list(range(1000))]
+    columns: list[list[object]] = [["x" * (index % 90) for index in range(1000)], list(range(1000))]
     parts = split_columns(schema, columns, 4000)
     assert all(len(body) <= 4000 for body, _ in parts)
     assert sum(rows for _, rows in parts) == 1000
@@ -301,13 +301,14 @@ def test_a_schema_survives_its_map_and_hostile_maps_are_wire_errors():
     schema = Schema((Column("a", "i8", (), "mV"), Column("b", "u2", (4, 2)), Column("c", "f8", (-1,))))
     assert Schema.from_map(schema.to_map()) == schema
     assert hash(Schema.from_map(schema.to_map())) == hash(schema)
-    for bad in (
+    hostile: list[object] = [
         None,
         {},
         {"columns": []},
         {"columns": [{"name": "a", "dtype": "x"}]},
         {"columns": [{"name": 1}]},
-    ):
+    ]
+    for bad in hostile:
         with pytest.raises(WireError):
             Schema.from_map(bad)
 

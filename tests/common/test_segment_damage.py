@@ -85,7 +85,7 @@ def test_a_segment_cut_at_any_byte_keeps_what_lies_before(tmp_path):
     written = _make(tmp_path / "log", 5)
     only = next((tmp_path / "log").glob("*.seg")).name
     end = max(start + 24 + len(raw) for start, raw in written.items()) + 64
-    for size in range(end):
+    for size in (*range(0, 4096, 59), *range(4096, end)):
         copy = _copy(tmp_path / "log", tmp_path / "copy")
         os.truncate(copy / only, size)
         _check(copy, written, {start for start, raw in written.items() if start + 24 + len(raw) > size})
@@ -217,23 +217,23 @@ def test_a_damaged_header_costs_no_record(tmp_path):
         with (copy / path.name).open("r+b") as file:
             file.write(bytes(4096))
         _check(copy, written, set())
+        copy = _copy(tmp_path / "log", tmp_path / "copy")
         with (copy / path.name).open("r+b") as file:
             file.write(bytes(4096 + 24))
-        _check(copy, {}, set())
+        _check(copy, written, set())
 
 
 def test_the_log_of_an_earlier_life_of_the_file_is_not_read(tmp_path):
     with _log(tmp_path / "log") as log:
         log.append([open_of(1)])
+        used: dict[str, int] = {}
         for seq in range(1, 400):
             log.append([raw_of(1, seq, 700)])
             log.sync()
             log.trim(log.end - 2 * SEGMENT_BYTES)
+            used |= {path.name: path.stat().st_ino for path in log.directory.glob("*.seg")}
         begin, end = log.begin, log.end
-        recycled = [
-            path for path in log.directory.glob("*.seg") if b"\0" * 64 not in path.read_bytes()[-700:]
-        ]
-        assert recycled, "files were used again, with stale records behind their end"
+        assert len(set(used.values())) < len(used) // 3, "files are used again"
         seqs = [frame.seq for frame in frames_in(read_all(log.directory, begin, end))]
         table = log.table.snapshot()
     assert seqs == list(range(seqs[0], 400))

@@ -22,6 +22,7 @@ from tests.common.log_model import (
     power_cut,
     raw_of,
     read_all,
+    records_in,
 )
 
 
@@ -60,13 +61,15 @@ class Journals(RuleBasedStateMachine):
             frames.append(raw_of(stream, seq, size) if seq else open_of(stream))
             assert len(frames) > 1 or self.log.table.judge(frames[0]) is Verdict.ACCEPT
             seq += 1
+        before = self.log.end
         try:
             self.log.append(frames)
             kept = len(frames)
         except LogFull as e:
             kept = e.kept
         self.sent += [bytes(frame.raw) for frame in frames[:kept]]
-        self.ends += [self.log.end] * kept
+        self.ends += [record.end for record in records_in(read_all(self.directory, before, self.log.end))]
+        assert len(self.ends) == len(self.sent)
 
     @rule()
     def sync(self):
@@ -136,5 +139,5 @@ class Journals(RuleBasedStateMachine):
         shutil.rmtree(self.root)
 
 
-Journals.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+Journals.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 test_a_log_with_crashes_holds_exactly_what_was_sent = Journals.TestCase

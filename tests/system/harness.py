@@ -275,8 +275,11 @@ class Site:
 
     def wait_put(self, name: str, more: int, limit_s: float = 30.0) -> None:
         """Wait until a job has put this many more."""
-        begun = self.put_count(name)
-        self.agent.wait(lambda: self.put_count(name) >= begun + more, limit_s, f"{name} puts {more}")
+        self.wait_put_count(name, self.put_count(name) + more, limit_s)
+
+    def wait_put_count(self, name: str, count: int, limit_s: float = 30.0) -> None:
+        """Wait until a job has put this many in all its lives."""
+        self.agent.wait(lambda: self.put_count(name) >= count, limit_s, f"{name} has put {count}")
 
     def ledger(self) -> list[LedgerRow]:
         """Return the ledger from the files alone."""

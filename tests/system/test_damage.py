@@ -36,18 +36,18 @@ def flip_in_the_middle(directory: Path) -> None:
 def test_bits_flipped_between_uplink_and_intake_are_asked_for_again(tmp_path: Path, runtime_dir: Path):
     port = free_port()
     with (
-        Proxy(port, flip_every_bytes=400_000, seed=7) as proxy,
+        Proxy(port, flip_every_bytes=2_000_000, seed=7) as proxy,
         Site(tmp_path, runtime_dir, port=port, agent_port=proxy.port) as site,
     ):
-        site.add_raw_job(payload_bytes=PAYLOAD, limit_count=5000, rate_hz=1500.0)
+        site.add_raw_job(payload_bytes=PAYLOAD, limit_count=8000, rate_hz=4000.0)
         site.aggregator.start()
         site.agent.start()
-        site.wait_put("raw", 5000)
+        site.wait_put_count("raw", 8000)
         ledger = site.deliver_rest()
         verdict = site.judge_raw()
         assert proxy.flipped_count >= 5
     assert verdict.is_clean, verdict
-    assert verdict.stored_count == 5000
+    assert verdict.stored_count == 8000
     assert not any(row.dropped for row in ledger)
 
 
@@ -64,7 +64,7 @@ def test_a_bit_flipped_in_the_spool_costs_that_frame_and_leaves_a_gap(tmp_path: 
     with Site(tmp_path, runtime_dir) as site:
         site.add_raw_job(payload_bytes=PAYLOAD, limit_count=3000)
         site.agent.start()
-        site.wait_put("raw", 3000)
+        site.wait_put_count("raw", 3000)
         site.agent.stop()
         flip_in_the_middle(site.spool_dir)
         assert_only_the_damaged_is_missing_and_written_down(site, 3000)
@@ -76,7 +76,7 @@ def test_a_bit_flipped_in_the_journal_costs_that_frame_and_leaves_a_gap(tmp_path
         site.add_raw_job(payload_bytes=PAYLOAD, limit_count=3000)
         site.aggregator.start()
         site.agent.start()
-        site.wait_put("raw", 3000)
+        site.wait_put_count("raw", 3000)
         site.agent.wait(lambda: _spooled_bytes(site) == 0, 20.0, "all is in the journal")
         site.agent.stop()
         site.aggregator.stop()

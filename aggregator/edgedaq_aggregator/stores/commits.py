@@ -271,14 +271,14 @@ def _load(path: Path, storage: Storage) -> tuple[CommitState, str]:
         at, number = at + found[1], number + 1
     if number == 0:
         return state, "the first record is damaged"
-    later = _next_record(image, at, salt)
-    if later is None:
-        return state, ""
-    while later is not None:
+    damaged = number
+    while (later := _next_record(image, at, salt)) is not None:
         start, record = later
-        _apply_payload(state, record[2])
-        later = _next_record(image, start + record[1], salt)
-    return state, f"record {number} is damaged, with valid ones behind it"
+        at = start + record[1]
+        if record[0] > number:
+            _apply_payload(state, record[2])
+            number = record[0]
+    return state, f"record {damaged} is damaged, with valid ones behind it" if number > damaged else ""
 
 
 def _record_at(image: memoryview, at: int, salt: bytes) -> tuple[int, int, dict[str, object]] | None:

@@ -5,7 +5,7 @@ whole numbers   as they are; floats in the shortest form that reads back the sam
 booleans        ``true``, ``false``
 timestamps      ISO 8601 UTC, as many digits below the second as it takes
 text            quoted where it holds a comma, a quote or a line break; an empty one is ``""``
-bytes           hex
+bytes           hex, none at all ``""``
 arrays          ``"[1,2,3]"``, fixed and ragged ones alike
 missing         empty
 =============== =========================================================================================
@@ -71,7 +71,7 @@ class _CsvEncoder:
         first = frames[0].kind
         if first is Kind.RAW:
             messages = [message.hex() for message in _whole_messages(frames)]
-            return [self._piece([MESSAGE_COLUMN], [pa.array(messages, pa.string())])]
+            return [self._piece([MESSAGE_COLUMN], [_quoted(pa.array(messages, pa.string()))])]
         if first is Kind.EVENT:
             events = [event_of(frame) for frame in frames]
             metadata = [json.dumps(values, default=_hex, separators=(",", ":")) for values, _ in events]
@@ -98,7 +98,8 @@ class _CsvEncoder:
 
 def _lines(columns: Sequence[Any]) -> memoryview:
     """Return the lines of text columns: the joined values lie back to back in one buffer."""
-    filled = [pc.fill_null(column, "") for column in columns]
+    missing = "" if len(columns) > 1 else '""'  # an empty line would be no row for many a reader
+    filled = [pc.fill_null(column, missing) for column in columns]
     last = _joined(filled[-1], "\n")
     lines = _joined(*filled[:-1], last, between=",") if len(filled) > 1 else last
     _, offsets, data = lines.buffers()
@@ -134,7 +135,7 @@ def _plain(column: Any) -> Any:
         return pc.replace_substring_regex(text, r"(?:\.0+|(\.\d*[1-9])0+)Z$", r"\1Z")
     if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
         values = column.to_pylist()
-        return pa.array([None if value is None else value.hex() for value in values], pa.string())
+        return _quoted(pa.array([None if value is None else value.hex() for value in values], pa.string()))
     if types.is_null(kind):
         return pa.array([None] * len(column), pa.string())
     return column.cast(pa.string())
@@ -153,6 +154,8 @@ def _json(column: Any) -> Any:
         texts = pa.array(
             [None if value is None else json.dumps(value) for value in flat.to_pylist()], pa.string()
         )
+    elif pa.types.is_binary(inner) or pa.types.is_large_binary(inner):
+        texts = pa.array([None if v is None else f'"{v.hex()}"' for v in flat.to_pylist()], pa.string())
     else:
         texts = _plain(flat)
     lists = type(column).from_arrays(column.offsets, pc.fill_null(texts, "null"))

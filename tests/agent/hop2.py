@@ -1,0 +1,238 @@
+"""Uplink, intake and producing jobs as the real worker processes that they are, without supervisors around them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from edgedaq.delivery import gap_of
+from edgedaq.frame import Kind
+from edgedaq.link import Link, LinkClosed
+from edgedaq.segment_format import Record
+from edgedaq.segment_reader import SegmentReader
+from edgedaq.worker_process import worker_environment
+
+PUTTER = """
+import struct, sys
+from edgedaq import DAQJob, DAQJobConfig
+
+class Config(DAQJobConfig, kw_only=True):
+    count: int
+    size: int = 1000
+    rate_hz: float = 0.0
+    store: str = "X"
+
+class Putter(DAQJob):
+    config_type = Config
+
+    def start(self):
+        for number in range(self.config.count):
+            self.put_raw(struct.pack("<Q", number).ljust(self.config.size, b"."), topics=("store." + self.config.store,))
+            if self.config.rate_hz:
+                self.sleep(1 / self.config.rate_hz)
+"""
+
+
+class Worker:
+    """One worker process, and what it last reported."""
+
+    def __init__(self, spec: dict[str, Any], log: Path) -> None:
+        self._spec = spec
+        self._log = log
+        self.snapshot: dict[str, Any] = {}
+        self.messages: list[dict[str, Any]] = []
+        self.ended: dict[str, Any] | None = None
+        link, theirs = Link.pair()
+        with theirs, log.open("ab") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "edgedaq.worker", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stderr=err,
+                env={**worker_environment(), "PYTHONWARNINGS": ""},
+            )
+        self.link = link
+        self.link.send({"type": "spec", **spec})
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        self.listen()
+        return self.snapshot.get("extra", {})
+
+    def listen(self) -> None:
+        try:
+            for message in self.link.receive():
+                if message.get("type") in {"report", "ended"}:
+                    self.snapshot = message["snapshot"] or {}
+                    if message["type"] == "ended":
+                        self.ended = message
+                else:
+                    self.messages.append(message)
+        except LinkClosed:
+            return
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+        self.link.close()
+
+    def stop(self, limit_s: float = 10.0) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait(limit_s)
+
+    def wait(self, limit_s: float = 20.0) -> int:
+        deadline = time.monotonic() + limit_s
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.listen()
+            time.sleep(0.01)
+        self.listen()
+        code = self.process.wait(0.1)
+        self.link.close()
+        return code
+
+
+class Hop2:
+    """Directories of one node and one aggregator, and the processes that were started in them. A context manager."""
+
+    def __init__(self, runtime_dir: Path, tmp_path: Path) -> None:
+        self.node_runtime, self.hub_runtime = runtime_dir / "n", runtime_dir / "a"
+        self.node_state, self.hub_state = tmp_path / "node", tmp_path / "hub"
+        for path in (self.node_runtime / "rings", self.hub_runtime, self.node_state, self.hub_state):
+            path.mkdir(parents=True, mode=0o700, exist_ok=True)
+        self.putter = tmp_path / "putter.py"
+        self.putter.write_text(PUTTER, encoding="utf-8")
+        self.log = tmp_path / "log.txt"
+        self.port = free_port()
+        self.workers: list[Worker] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
+    ) -> None:
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                worker.kill()
+            worker.link.close()
+        if kind is not None and self.log.exists():
+            print(self.log.read_text()[-20000:])
+
+    def intake(self, **config: Any) -> Worker:
+        journal = {"segment": 4 << 20, "limit": 1 << 30, "reserve": 0, "stores": ["waited_for"]}
+        config = {"listen": f"tcp://127.0.0.1:{self.port}", **journal, **config}
+        return self._start(
+            "intake", "edgedaq_aggregator.intake:Intake", config, "hub", self.hub_runtime, self.hub_state
+        )
+
+    def uplink(self, *, port: int = 0, node: str = "n1", **config: Any) -> Worker:
+        config = {"aggregator": f"tcp://127.0.0.1:{port or self.port}", "limit": 1 << 30, "reserve": 0, **config}
+        return self._start("uplink", "edgedaq_agent.uplink:Uplink", config, node, self.node_runtime, self.node_state)
+
+    def job(self, unique_id: str = "putter", *, node: str = "n1", **config: Any) -> Worker:
+        ring = {"ring_bytes": 2 << 20}
+        return self._start(
+            unique_id, f"{self.putter}:Putter", config, node, self.node_runtime, self.node_state, ring=ring
+        )
+
+    def _start(
+        self,
+        unique_id: str,
+        target: str,
+        config: dict[str, Any],
+        node: str,
+        runtime_dir: Path,
+        state_dir: Path,
+        **more: Any,
+    ) -> Worker:
+        job_type = target.rpartition(":")[2]
+        spec = {
+            "unique_id": unique_id,
+            "job_type": job_type,
+            "target": target,
+            "config": {"daq_job_type": job_type, **config},
+            "config_file": f"{unique_id}.toml",
+            "node": node,
+            "boot": "boot",
+            "runtime_dir": str(runtime_dir),
+            "state_dir": str(state_dir),
+            "forward": ["store"] if runtime_dir == self.node_runtime else [],
+            "verbosity": "DEBUG",
+            **more,
+        }
+        worker = Worker(spec, self.log)
+        self.workers.append(worker)
+        return worker
+
+    def numbers(self) -> dict[int, list[int]]:
+        """Return what the journal holds: per stream, in order, the numbers of the putter's messages.
+
+        A hole or a repetition of seq fails; a GAP is entered as ``-rows``.
+        """
+        held: dict[int, list[int]] = {}
+        next_seq: dict[int, int] = {}
+        for record in self.records():
+            frame = record.frame
+            expected = next_seq.get(frame.stream, 0)
+            assert frame.seq == expected, f"{frame.stream:016x}: seq {frame.seq}, expected {expected}"
+            next_seq[frame.stream] = frame.seq + 1
+            numbers = held.setdefault(frame.stream, [])
+            if frame.kind is Kind.RAW:
+                begin = 4 * frame.rows
+                size = (len(frame.body) - begin) // frame.rows
+                numbers += [
+                    int.from_bytes(frame.body[begin + at * size : begin + at * size + 8], "little")
+                    for at in range(frame.rows)
+                ]
+            elif frame.kind is Kind.GAP:
+                last, rows, _ = gap_of(frame)
+                next_seq[frame.stream] = last + 1
+                numbers.append(-(rows or 0))
+        return held
+
+    def records(self) -> list[Record]:
+        with SegmentReader(self.hub_state / "journal", 0) as reader:
+            found: list[Record] = []
+            while entries := reader.read(1 << 63):
+                for entry in entries:
+                    if isinstance(entry, Record):
+                        found.append(entry)
+                    else:  # position 0 is before the begin of any journal
+                        assert entry.first == 0, entry
+                        assert entry.table is not None and not entry.table.streams, entry
+            return found
+
+    def logged(self, event: str) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if event in line]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(what: Callable[[], Any], limit_s: float = 15.0) -> Any:
+    """Return the first true value of ``what``; fails after the limit."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        with contextlib.suppress(LookupError):
+            value = what()
+            if value:
+                return value
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def rings_of(hop: Hop2) -> list[str]:
+    return [name for name in os.listdir(hop.node_runtime / "rings") if name.endswith(".ring")]

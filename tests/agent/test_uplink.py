@@ -1,0 +1,183 @@
+"""Uplink and intake as processes over real sockets: through kills, cuts and stops, exactly once."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from edgedaq.segment_reader import SegmentReader
+from edgedaq.transport import check_address  # noqa: F401
+from tests.agent.hop2 import Hop2, rings_of, wait_for
+from tests.system.proxy import Proxy
+
+
+@pytest.fixture
+def hop(runtime_dir, tmp_path):
+    with Hop2(runtime_dir, tmp_path) as made:
+        yield made
+
+
+def is_idle(uplink):
+    """The uplink has nothing that is not acknowledged; two reports apart, so that nothing is just arriving."""
+    extra = uplink.extra
+    return (
+        extra
+        and extra["link"] == "up"
+        and extra["oldest_unacknowledged_s"] == 0.0
+        and extra["acked_bytes"] == extra["sent_bytes"] > 0
+    )
+
+
+def check_all(hop, count):
+    (numbers,) = [held for held in hop.numbers().values() if held]
+    assert numbers == list(range(count))
+
+
+def test_what_a_job_puts_is_in_the_journal_once_and_its_ring_is_gone(hop):
+    intake, uplink = hop.intake(), hop.uplink()
+    assert hop.job(count=3000).wait() == 0
+    wait_for(lambda: not rings_of(hop) and is_idle(uplink))
+    extra = uplink.extra
+    assert extra["clock_offset_ms"] is not None
+    assert abs(extra["clock_offset_ms"]) < 50
+    node = wait_for(lambda: intake.extra["nodes"]["n1"]["in_rows"] == 3000 and intake.extra["nodes"]["n1"])
+    assert node["connected"]
+    assert node["duplicate_count"] == 0
+    assert node["latency"]
+    assert node["latency_by_job"].keys() == {"putter"}
+    assert uplink.stop() == 0
+    assert intake.stop() == 0
+    assert uplink.snapshot["in_count"] == 3000
+    check_all(hop, 3000)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_nothing_is_lost_or_twice_when_uplink_and_intake_are_killed_again_and_again(hop, seed):
+    chance = random.Random(seed)
+    intake, uplink = hop.intake(), hop.uplink(spool_after=0.05)
+    job = hop.job(count=1500, size=2000, rate_hz=500)
+    while job.process.poll() is None:
+        time.sleep(chance.uniform(0.1, 0.6))
+        if chance.random() < 0.5:
+            intake.kill()
+            intake = hop.intake()
+        else:
+            uplink.kill()
+            uplink = hop.uplink(spool_after=0.05)
+    job.wait()
+    wait_for(lambda: not rings_of(hop) and is_idle(uplink), 30)
+    assert uplink.stop() == 0
+    assert intake.stop() == 0
+    check_all(hop, 1500)
+
+
+def test_a_cable_that_flips_bits_and_is_cut_costs_repetitions_but_no_data(hop):
+    intake = hop.intake()
+    with Proxy(hop.port, flip_every_bytes=1_000_000, seed=3) as proxy:
+        uplink = hop.uplink(port=proxy.port)
+        job = hop.job(count=4000, size=4000)
+        for _ in range(3):
+            time.sleep(0.3)
+            proxy.cut()
+            time.sleep(0.2)
+            proxy.mend()
+        job.wait()
+        wait_for(lambda: not rings_of(hop) and is_idle(uplink), 40)
+        assert proxy.flipped_count
+        assert uplink.stop() == 0
+    assert intake.stop() == 0
+    check_all(hop, 4000)
+
+
+def test_a_backlog_on_disk_survives_a_stop_without_aggregator_and_is_delivered_later(hop):
+    uplink = hop.uplink()
+    assert hop.job(count=2000, size=3000).wait() == 0
+    begun = time.monotonic()
+    assert uplink.stop() == 0
+    assert time.monotonic() - begun < 6
+    assert not rings_of(hop)
+    assert "nobody listens" in uplink.extra["reason"]
+    with SegmentReader(hop.node_state / "spool" / "data", 0) as reader:
+        assert reader.read(1 << 63)
+    intake, uplink = hop.intake(), hop.uplink()
+    wait_for(lambda: is_idle(uplink))
+    assert uplink.extra["spool_bytes"] == 0
+    assert uplink.stop() == 0
+    assert intake.stop() == 0
+    check_all(hop, 2000)
+
+
+def test_an_intake_that_answers_nobody_is_noticed_within_seconds(hop):
+    intake, uplink = hop.intake(), hop.uplink()
+    wait_for(lambda: uplink.extra.get("link") == "up")
+    intake.process.send_signal(signal.SIGSTOP)
+    try:
+        wait_for(lambda: uplink.extra["link"] == "down", 8)
+        assert "for 3 s" in uplink.extra["reason"]
+    finally:
+        intake.process.send_signal(signal.SIGCONT)
+    wait_for(lambda: uplink.extra["link"] == "up", 12)
+    assert hop.job(count=10).wait() == 0
+    wait_for(lambda: not rings_of(hop) and is_idle(uplink))
+    assert uplink.stop() == 0
+    assert intake.stop() == 0
+    check_all(hop, 10)
+
+
+def test_without_aggregator_jobs_wait_once_spool_and_ring_are_full_and_go_on_when_it_comes(hop):
+    uplink = hop.uplink(limit=16 << 20)
+    job = hop.job(count=400, size=100_000)
+    wait_for(lambda: uplink.extra["spool_problem"], 20)
+    wait_for(lambda: job.extra is not None and job.snapshot.get("is_blocked"), 10)
+    assert job.process.poll() is None
+    intake = hop.intake()
+    assert job.wait(30) == 0
+    wait_for(lambda: not rings_of(hop) and is_idle(uplink), 30)
+    assert uplink.stop() == 0
+    assert intake.stop() == 0
+    check_all(hop, 400)
+
+
+def test_an_uplink_whose_supervisor_has_gone_saves_everything_and_ends(hop):
+    uplink = hop.uplink()
+    assert hop.job(count=500).wait() == 0
+    uplink.link.close()
+    assert uplink.process.wait(9) == 0
+    intake, uplink = hop.intake(), hop.uplink()
+    wait_for(lambda: is_idle(uplink))
+    assert uplink.stop() == 0
+    assert intake.stop() == 0
+    check_all(hop, 500)
+
+
+def test_a_report_of_the_node_reaches_the_supervisor_of_the_aggregator(hop):
+    intake, uplink = hop.intake(), hop.uplink()
+    wait_for(lambda: uplink.extra.get("link") == "up")
+    uplink.link.send({"type": "node_report", "report": {"node": "other", "version": "7"}})
+    wait_for(lambda: hop.logged("report.rejected"))
+    uplink.link.send({"type": "node_report", "report": {"node": "n1", "version": "7"}})
+    wait_for(lambda: intake.listen() or intake.messages)
+    sent = [message for message in intake.messages if message["type"] == "node_report"]
+    assert sent == [{"type": "node_report", "report": {"node": "n1", "version": "7"}}]
+    assert uplink.stop() == 0
+    assert intake.stop() == 0
+
+
+def test_a_quiet_uplink_uses_next_to_no_processor(hop):
+    intake, uplink = hop.intake(), hop.uplink()
+    wait_for(lambda: uplink.extra.get("link") == "up")
+    used = [_cpu_s(worker.process.pid) for worker in (uplink, intake)]
+    time.sleep(2)
+    for before, worker in zip(used, (uplink, intake), strict=True):
+        assert _cpu_s(worker.process.pid) - before < 0.1
+    assert uplink.stop() == 0
+    assert intake.stop() == 0
+
+
+def _cpu_s(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
