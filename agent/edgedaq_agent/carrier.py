@@ -19,6 +19,7 @@ from edgedaq.errors import WireError
 from edgedaq.frame import MAX_FRAME_BYTES, Frame, count_rows, length_at
 from edgedaq.inlet import Inlet, RingView, Run
 from edgedaq.lane import Entry, FromMemory, FromSpool, Lane, Release
+from edgedaq.log_limit import LogLimit
 from edgedaq.logsetup import get_logger
 from edgedaq.session_messages import Ack, Hello, Refused, Report, Resend
 from edgedaq.transport import FLAG_REPLAY, PART_BYTES, pack_data_header
@@ -92,7 +93,7 @@ class Carrier:
             self._spool.acked,
             self._spool.end,
             spool_after_ns=options.spool_after_ns,
-            crowded_after_ns=options.spool_after_ns // 8,
+            crowded_after_ns=options.spool_after_ns // 4,
             part_bytes=PART_BYTES,
         )
         self._note_backlog()
@@ -106,6 +107,7 @@ class Carrier:
         self._careful_until = 0
         self._refused_at: tuple[int, int] | None = None
         self._stuck: tuple[int, int] = (-1, 0)
+        self._returned = LogLimit()
         self._failed_count = 0
         self._stop_ns = 0
         self._node_report: dict[str, Any] | None = None
@@ -218,7 +220,10 @@ class Carrier:
             self._take_ack(message.durable, now_ns)
         else:
             self._problem_counts[type(message).__name__] += 1
-            self._log.warning("part.returned", problem=type(message).__name__, **_facts(message))
+            count = self._returned.note(now_ns)
+            if count:
+                name = type(message).__name__
+                self._log.warning("part.returned", problem=name, count=count, **_facts(message))
             sent = lane.sent
             if not lane.go_back(message.position):
                 self._session.end("protocol", f"no part began at {message.position}", now_ns)
@@ -240,7 +245,7 @@ class Carrier:
     def _take_ack(self, position: int, now_ns: int) -> None:
         before, spool_acked = self._lane.acked, self._lane.spool_acked
         try:
-            releases = self._lane.ack(position)
+            releases = self._lane.ack(position, now_ns)
         except WireError as e:
             self._session.end("protocol", str(e), now_ns)
             return

@@ -24,6 +24,7 @@ from edgedaq.bad_files import BadFiles
 from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.frame import MAX_FRAME_BYTES
+from edgedaq.log_limit import LogLimit
 from edgedaq.logsetup import get_logger
 from edgedaq.names import check_name
 from edgedaq.segments import LogError
@@ -111,6 +112,7 @@ class Reception:
         self._durable = -1
         self._journal_end = 0
         self._is_full = False
+        self._damaged, self._incomplete = LogLimit(), LogLimit()
         self._next_tick_ns = self._next_report_ns = 0
         self._report: dict[str, Any] = {}
         self._socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
@@ -327,14 +329,16 @@ class Reception:
                 self._bad.add(problem.stream, problem.seq, reason, judged.culprit)
         elif isinstance(problem, Resend):
             node.resend_count += 1
-            self._log.warning("part.damaged", node=session.node, reason=problem.text)
+            count = self._damaged.note(mono_ns())
+            if count:
+                self._log.warning("part.damaged", node=session.node, count=count, reason=problem.text)
         else:
-            self._log.warning(
-                "stream.incomplete",
-                node=session.node,
-                problem=type(problem).__name__,
-                stream=f"{problem.stream:016x}",
-            )
+            count = self._incomplete.note(mono_ns())
+            if count:
+                name, stream = type(problem).__name__, f"{problem.stream:016x}"
+                self._log.warning(
+                    "stream.incomplete", node=session.node, count=count, problem=name, stream=stream
+                )
         self._send(session, encode_message(problem))
 
     def _acknowledge(self, now_ns: int) -> None:

@@ -143,6 +143,10 @@ class JobContext:
             self._raised_ns = now
         raise JobStopped
 
+    def raise_again(self) -> None:
+        """Note that a ``JobStopped`` got lost on its way: raised in a destructor, where Python drops it."""
+        self._raised_ns = 0
+
     def on_poke(self, _: int, frame: FrameType | None) -> None:
         """Handle the signal by which the service thread pokes the main one.
 

@@ -40,7 +40,8 @@ class JobPuts:
         # Each entry keeps the objects alive by whose identity it is found.
         self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._inferred: dict[tuple[Any, ...], Schema] = {}
-        self._last: StreamWriter | None = None
+        # By whether the main thread put: a writer belongs to one kind of thread.
+        self._last: list[StreamWriter | None] = [None, None]
 
     def put_rows(
         self,
@@ -72,7 +73,7 @@ class JobPuts:
             with self._lane(is_main):
                 writer = self._context.outlet().table(schema_now, **where)
             known = self._learn(key, (writer, schema, store_config))
-        writer = self._last = known[0]
+        writer = self._last[is_main] = known[0]
         with self._lane(is_main):
             writer.put_rows(rows, timeout_s)
 
@@ -90,7 +91,7 @@ class JobPuts:
         is_main = threading.get_ident() == self._main
         with self._lane(is_main):
             writer = self._context.outlet().arrow(schema, **self._where(store_config, tag, topics))
-            self._last = writer
+            self._last[is_main] = writer
             for batch in batches:
                 writer.put_batch(batch, timeout_s)
 
@@ -111,7 +112,7 @@ class JobPuts:
             with self._lane(is_main):
                 writer = self._context.outlet().raw(**self._where(store_config, tag, topics))
             known = self._learn(key, (writer, store_config))
-        writer = self._last = known[0]
+        writer = self._last[is_main] = known[0]
         if is_main and timeout_s is None:
             writer.put(data)
             return
@@ -129,19 +130,20 @@ class JobPuts:
         timeout_s: float | None = None,
     ) -> None:
         """See ``DAQJob.put_event``."""
-        with self._lane(threading.get_ident() == self._main):
+        is_main = threading.get_ident() == self._main
+        with self._lane(is_main):
             writer = self._context.outlet().event(**self._where(store_config, tag, topics))
-            self._last = writer
+            self._last[is_main] = writer
             writer.put(metadata, data, timeout_s)
 
     def report_loss(self, count: int | None, reason: str, *, tag: str | None = None) -> None:
         """See ``DAQJob.report_loss``."""
-        writer = self._last
         is_main = threading.get_ident() == self._main
+        writer = self._last[is_main]
         if tag is not None or writer is None:
             found = [
                 entry[0]
-                for key, entry in self._known.items()
+                for key, entry in list(self._known.items())
                 if key[1] == is_main and tag in (None, entry[0].info.tag)
             ]
             writer = found[-1] if found else None

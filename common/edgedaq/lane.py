@@ -22,7 +22,7 @@ cursor is in the spool no entry of memory is in flight.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,7 +92,8 @@ class Lane:
         spool_acked: Position up to which the spool is known to be acknowledged.
         spool_end: Position of the spool's end.
         spool_after_ns: Age at which an entry goes to the spool.
-        crowded_after_ns: The same while its holder is short of room.
+        crowded_after_ns: Age for the same while a holder is short of room and no acknowledgement has come for
+            as long. While some come, a holder that is full makes its producer wait for them, not for the disk.
         part_bytes: Up to this entries are joined; a larger one goes alone.
     """
 
@@ -102,7 +103,7 @@ class Lane:
         spool_end: int = 0,
         *,
         spool_after_ns: int = 200_000_000,
-        crowded_after_ns: int = 25_000_000,
+        crowded_after_ns: int = 50_000_000,
         part_bytes: int = 1 << 20,
     ) -> None:
         self.spool_acked = spool_acked
@@ -124,6 +125,7 @@ class Lane:
         self._undurable: deque[tuple[int, list[Release]]] = deque()
         self._held_bytes: dict[Hashable, int] = {}
         self._next_index = 0
+        self._moved_ns = 0
         self._age_marks: deque[tuple[int, int]] = deque()
 
     @property
@@ -211,7 +213,7 @@ class Lane:
         self._cursor = upto
         self._fly(begin, size)
 
-    def ack(self, position: int) -> list[Release]:
+    def ack(self, position: int, now_ns: int) -> list[Release]:
         """Take an acknowledgement of everything before a position of the session. Cumulative.
 
         Raises:
@@ -220,7 +222,9 @@ class Lane:
         if position > self.sent:
             message = f"position {position} was acknowledged, only {self.sent} was sent"
             raise WireError(message)
-        self.acked = max(self.acked, position)
+        if position > self.acked:
+            self.acked = position
+            self._moved_ns = now_ns
         finish: _Address | None = None
         while self._flights and self._flights[0].end <= position:
             finish = self._flights.popleft().finish
@@ -261,8 +265,8 @@ class Lane:
         Args:
             is_crowded: Tells for a holder, and the bytes of it that are here, whether it is short of room.
         """
-        front = self._front()
-        return None if front is None else front.t_ns + self._limit_ns(is_crowded)
+        limit = self._limit(is_crowded)
+        return None if limit is None else limit[0]
 
     def plan_spooling(
         self, now_ns: int, is_crowded: Callable[[Hashable, int], bool], *, all_of_it: bool = False
@@ -271,15 +275,15 @@ class Lane:
 
         The position behind each group is needed, because a flight or the cursor is there.
         """
-        limit_ns = self._limit_ns(is_crowded)
+        limit = self._limit(is_crowded)
+        if limit is None or (now_ns < limit[0] and not all_of_it):
+            return []
         due: list[Entry] = []
         for part in (self._flown, self._waiting):
             for entry in part:
-                if not all_of_it and now_ns - entry.t_ns < limit_ns:
+                if not all_of_it and now_ns - entry.t_ns < limit[1]:
                     break
                 due.append(entry)
-        if not due:
-            return []
         borders = {flight.begin.index for flight in self._flights} | {f.finish.index for f in self._flights}
         if self._waiting:
             borders.add(self._waiting[0].index)
@@ -359,9 +363,16 @@ class Lane:
         if entry.release_to is not None:
             releases[entry.holder] = entry.release_to
 
-    def _limit_ns(self, is_crowded: Callable[[Hashable, int], bool]) -> int:
-        crowded: Iterable[bool] = (is_crowded(holder, size) for holder, size in self._held_bytes.items())
-        return min(self._crowded_after_ns, self._spool_after_ns) if any(crowded) else self._spool_after_ns
+    def _limit(self, is_crowded: Callable[[Hashable, int], bool]) -> tuple[int, int] | None:
+        """Return when the oldest entry is to be spooled, and the age from which others go with it then."""
+        front = self._front()
+        if front is None:
+            return None
+        limit = (front.t_ns + self._spool_after_ns, self._spool_after_ns)
+        if any(is_crowded(holder, size) for holder, size in self._held_bytes.items()):
+            crowded_ns = max(front.t_ns, self._moved_ns) + self._crowded_after_ns
+            return min(limit, (crowded_ns, min(self._crowded_after_ns, self._spool_after_ns)))
+        return limit
 
     def _mark_age(self, position: int, t_ns: int) -> None:
         self._age_marks.append((position, t_ns))

@@ -180,7 +180,8 @@ class Outlet:
     @property
     def out_count(self) -> int:
         """Rows and messages that were put."""
-        return sum(account.put_rows() for account in self._sealer.accounts)
+        with self.gate.condition:
+            return sum(account.put_rows() for account in self._sealer.accounts)
 
     @property
     def out_bytes(self) -> int:
@@ -203,9 +204,9 @@ class Outlet:
     @property
     def queued_count(self) -> int:
         """Rows and messages that were put and that some consumer still holds, or that are not sealed."""
-        return self._server.queued_rows + sum(
-            account.unsealed()[0] for account in list(self._sealer.accounts)
-        )
+        with self.gate.condition:
+            unsealed = sum(account.unsealed()[0] for account in self._sealer.accounts)
+            return self._server.queued_rows + unsealed
 
     @property
     def put_blocked_s(self) -> float:
@@ -219,7 +220,8 @@ class Outlet:
 
     def stream_rows(self) -> dict[str, int]:
         """Return rows put by stream, as 16 hex digits."""
-        return {f"{account.stream:016x}": account.put_rows() for account in list(self._sealer.accounts)}
+        with self.gate.condition:
+            return {f"{account.stream:016x}": account.put_rows() for account in self._sealer.accounts}
 
     # The end.
 

@@ -120,7 +120,7 @@ def part_plan(
     policy = Policy(
         restart="always",
         backoff_initial_s=0.2,
-        backoff_max_s=5.0,
+        backoff_max_s=1.0,  # nothing moves without it, and a start costs a fraction of a second
         healthy_after_s=5.0,
         stop_limit_s=stop_limit_s,
     )

@@ -81,10 +81,11 @@ class Account:
 
     def unsealed(self) -> tuple[int, int]:
         """Return rows and bytes that were put and lie in the slot only (bytes: of the whole slot)."""
-        if self.slot is None:
+        slot = self.slot
+        if slot is None:
             return 0, 0
-        commit = self.slot.words[W_COMMIT]
-        return max((commit >> 32) - (self.rows - self.slot.words[W_ROW_BASE]), 0), commit & 0xFFFFFFFF
+        commit = slot.words[W_COMMIT]
+        return max((commit >> 32) - (self.rows - slot.words[W_ROW_BASE]), 0), commit & 0xFFFFFFFF
 
     def put_rows(self) -> int:
         """Return how many rows or messages were put."""

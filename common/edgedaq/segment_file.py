@@ -85,6 +85,15 @@ class SegmentFile:
     ) -> None:
         self.close()
 
+    def reopen(self) -> None:
+        """Open the file again after ``close``; nothing where it is open.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        if self.fd < 0:
+            self.fd = self._storage.open(self.path)
+
     def close(self) -> None:
         """Close the file; safe to call again."""
         if self.fd >= 0:

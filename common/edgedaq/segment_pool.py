@@ -96,7 +96,7 @@ class SegmentPool:
     """
 
     def __init__(
-        self, storage: Storage, directory: Path, *, segment_bytes: int, limit_bytes: int, reserve_bytes: int
+        self, storage: Storage, directory: Path, segment_bytes: int, limit_bytes: int, reserve_bytes: int
     ) -> None:
         self._storage = storage
         self._directory = directory

@@ -18,6 +18,7 @@ position is ever used twice. Damage never raises; an unwritable disk is reported
 from __future__ import annotations
 
 import contextlib
+import errno
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,35 +29,14 @@ from edgedaq.segment_file import SegmentFile, list_segments
 from edgedaq.segment_format import Control, Hole, Record, RecordKind, file_name, open_map
 from edgedaq.segment_gaps import Explainer
 from edgedaq.segment_pool import FREE_SUFFIX, FreeFile
+from edgedaq.segment_quarantine import RecoveryReport, quarantine, set_aside
 from edgedaq.segment_reader import find_open
-from edgedaq.storage import Storage, write_all
+from edgedaq.storage import Storage
 
 __all__ = ["FoundSegment", "Recovered", "RecoveryReport", "recover"]
 
 SCAN_BYTES = 4 << 30
 """How much of a log is verified at start, newest first; damage further back is found by whoever reads it."""
-
-BAD_BYTES_MAX = 256 << 20
-"""How much damaged data is kept for a human; what comes then is reported only."""
-
-_COPY_BYTES = 1 << 20
-
-
-@dataclass(slots=True)
-class RecoveryReport:
-    """What recovery found, for the log of events and for alarms.
-
-    ``holes`` are those within the kept records; ``cut_bytes`` counts what was taken off the end, valid
-    records that a cut at a hole took (``cut_records``) included. ``problems`` are sentences for a human.
-    """
-
-    kept_records: int = 0
-    holes: list[Hole] = field(default_factory=list)
-    cut_bytes: int = 0
-    cut_records: int = 0
-    unknown_count: int = 0
-    bad_files: list[Path] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -114,7 +94,7 @@ def recover(
     """
     report = RecoveryReport()
     free = _find_free(storage, directory)
-    files = _open_all(storage, directory, free, report)
+    files = _find_segments(storage, directory, free, report)
     try:
         return _recover(storage, directory, files, free, report, resends, segment_bytes, scan_bytes)
     finally:
@@ -144,19 +124,19 @@ def _recover(
         kept = [file for file in files if file.first < cut]
         for file in files[len(kept) :]:
             report.cut_bytes += max(0, whole.ends.get(file.first, file.begin) - file.begin)
-            _set_aside(storage, file, report)
+            set_aside(storage, file, report)
         del files[len(kept) :]
         if files:
             end = whole.ends.get(files[-1].first, cut)
             report.cut_bytes += max(0, end - cut)
-            _quarantine(storage, files[-1], Hole(cut, end, "cut"), report)
+            quarantine(storage, files[-1], Hole(cut, end, "cut"), report)
     report.kept_records = scan.records
     report.unknown_count = scan.unknown_count
     report.holes = scan.holes
     for hole in scan.holes:
         for file in files:
             if file.first <= hole.first < file.first + file.size and hole.reason == "damaged":
-                _quarantine(storage, file, hole, report)
+                quarantine(storage, file, hole, report)
     segments = [
         FoundSegment(
             file.first, file.size, file.salt, file.begin, scan.ends.get(file.first, _known_end(files, at))
@@ -187,18 +167,25 @@ def _find_free(storage: Storage, directory: Path) -> list[FreeFile]:
     return found
 
 
-def _open_all(
+def _find_segments(
     storage: Storage, directory: Path, free: list[FreeFile], report: RecoveryReport
 ) -> list[SegmentFile]:
-    """Open the segments in order; files that are none, or none any more, go to the free ones."""
+    """Return the segments in order, closed: there may be more than a process may open.
+
+    Files that are none, or none any more, go to the free ones. Only a disk error makes one missing: to go on
+    without a file that could not be opened for another reason would give up what is in it.
+    """
     files: list[SegmentFile] = []
     empty: list[SegmentFile] = []
     for first in list_segments(storage, directory):
         try:
             file = SegmentFile(storage, directory, first)
         except OSError as e:
+            if e.errno != errno.EIO:
+                raise
             report.problems.append(f"{directory / file_name(first)}: cannot be opened: {e}")
             continue
+        file.close()
         if file.foreign is not None and file.foreign.first > first:
             # Recycled, and a power cut lost the new name: whatever lay before it had been trimmed too.
             empty += [*files, file]
@@ -212,18 +199,22 @@ def _open_all(
     for file in empty:
         if file.foreign is None and not file.salt and file.first < proven:
             report.problems.append(f"{file.path}: was durable, and has neither a header nor records")
-            _set_aside(storage, file, report)
+            set_aside(storage, file, report)
         else:
             free.append(FreeFile(file.path, file.size))
-            file.close()
     return files
 
 
 def _start_of_scan(files: list[SegmentFile], scan_bytes: int) -> int:
-    start, seen = len(files), 0
-    while start > 0 and (seen < scan_bytes or files[start].checkpoint() is None):
+    """Return the first segment to verify; it has a checkpoint, unless none before has one either."""
+    start, seen, is_based = len(files), 0, True
+    while start > 0 and (seen < scan_bytes or not is_based):
         start -= 1
-        seen += files[start].size
+        file = files[start]
+        seen += file.size
+        file.reopen()
+        is_based = file.checkpoint() is not None
+        file.close()
     return start
 
 
@@ -244,6 +235,7 @@ def _scan(storage: Storage, directory: Path, files: list[SegmentFile], start: in
         file = files[at]
         if cut is not None and file.first >= cut:
             break
+        file.reopen()
         checkpoint = file.checkpoint()
         if checkpoint is not None:
             scan.cursor = checkpoint[1]
@@ -262,6 +254,7 @@ def _scan(storage: Storage, directory: Path, files: list[SegmentFile], start: in
             explainer.arrive(checkpoint[0])
             explained = len(scan.holes)
         _scan_file(file, files, at, cut, scan, explainer)
+        file.close()
     if explainer is not None:
         scan.unknown_count = explainer.unknown_count
     return scan
@@ -306,6 +299,7 @@ def _take_control(entry: Control, scan: _Scan) -> None:
 
 def _tail_bytes(file: SegmentFile, end: int) -> int:
     """Return how many bytes behind the end bear the salt of this use: a torn or damaged record."""
+    file.reopen()
     needle = file.salt.to_bytes(8, "little")
     position, last = end, end
     while position < file.first + file.size:
@@ -341,57 +335,9 @@ def _make_durable(
     """Make what was found hold: after a kill it may be in the page cache only."""
     try:
         for file in files:
+            file.reopen()
             storage.fdatasync(file.fd)
+            file.close()
         storage.sync_directory(directory)
     except OSError as e:
         report.problems.append(f"{directory}: what was found cannot be made durable: {e}")
-
-
-def _set_aside(storage: Storage, file: SegmentFile, report: RecoveryReport) -> None:
-    """Take a whole file out of the log, kept for a human."""
-    target = file.path.with_name(file.path.name + ".bad")
-    file.close()
-    try:
-        storage.rename(file.path, target)
-        report.bad_files.append(target)
-    except OSError as e:
-        report.problems.append(f"{file.path}: cannot be set aside: {e}")
-
-
-def _quarantine(storage: Storage, file: SegmentFile, hole: Hole, report: RecoveryReport) -> None:
-    """Copy the bytes of a hole for a human; once."""
-    directory = file.path.parent
-    target = directory / f"{file.path.name}.{hole.first:016x}.bad"
-    if target.name in storage.names(directory):
-        return
-    if _bad_bytes(storage, directory) + hole.last - hole.first > BAD_BYTES_MAX:
-        report.problems.append(
-            f"{target}: not written, {BAD_BYTES_MAX} bytes of damaged data are kept already"
-        )
-        return
-    try:
-        fd = storage.open(target, write=True, create=True)
-        try:
-            position = hole.first
-            while position < hole.last:
-                data = file.read(position, min(_COPY_BYTES, hole.last - position))
-                if not data:
-                    break
-                write_all(storage, fd, [data], position - hole.first)
-                position += len(data)
-            storage.fdatasync(fd)
-        finally:
-            storage.close(fd)
-        report.bad_files.append(target)
-    except OSError as e:
-        report.problems.append(f"{target}: cannot be written: {e}")
-
-
-def _bad_bytes(storage: Storage, directory: Path) -> int:
-    total = 0
-    for name in storage.names(directory):
-        if name.endswith(".bad"):
-            fd = storage.open(directory / name)
-            total += storage.size(fd)
-            storage.close(fd)
-    return total

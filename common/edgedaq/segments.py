@@ -25,7 +25,6 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from edgedaq.clock import utc_ns
@@ -53,7 +52,6 @@ __all__ = ["LogError", "LogFull", "SegmentLog"]
 
 SEGMENT_BYTES = 64 << 20
 UNSYNCED_BYTES_MAX = 64 << 20
-
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -107,13 +105,7 @@ class SegmentLog:
         self._state = threading.Lock()
         self._writing = threading.Lock()
         self._syncing = threading.Lock()
-        self._pool = SegmentPool(
-            self._storage,
-            directory,
-            segment_bytes=segment_bytes,
-            limit_bytes=limit_bytes,
-            reserve_bytes=reserve_bytes,
-        )
+        self._pool = SegmentPool(self._storage, directory, segment_bytes, limit_bytes, reserve_bytes)
         self._lock_fd = take_directory(self._storage, directory)
         try:
             self._recover(resends=resends)
@@ -125,9 +117,7 @@ class SegmentLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -169,7 +159,7 @@ class SegmentLog:
         if self._owed or self.unsynced_bytes + size_bytes > UNSYNCED_BYTES_MAX:
             return False
         left = self._active.limit - self._end if self._active else 0
-        need = size_bytes + size_bytes // 64 + 4 * SYNCED_RECORD_BYTES
+        need = size_bytes + 3 * size_bytes // 8 + 4 * SYNCED_RECORD_BYTES  # the smallest frame has 64
         if need <= left:
             return True
         room = max(self._segment_bytes // 2, self._segment_bytes - (1 << 20))
@@ -190,11 +180,9 @@ class SegmentLog:
             WireError: A frame was not what its kind says, or of an unknown stream; it is in the log anyway.
         """
         with self._writing:
-            if self._is_closed:
-                message = f"{self.directory}: the log is closed"
-                raise LogError(message)
-            if self._owed:
-                message = f"{self.directory}: what was appended before waits for a disk that takes it"
+            if self._is_closed or self._owed:
+                state = "is closed" if self._is_closed else "waits for a disk that takes what it holds"
+                message = f"{self.directory}: the log {state}"
                 raise LogError(message)
             return self._append(frames, self.table)
 
@@ -250,7 +238,10 @@ class SegmentLog:
                 segment.close()
             while self._unsynced and self._unsynced[0][0] <= end:
                 self._unsynced.popleft()
-            self._prepare(enlisted[-1], end)
+            with contextlib.suppress(OSError):  # here nobody waits for it
+                if end - enlisted[-1].first > enlisted[-1].size // 2:
+                    self._pool.prepare()
+                self._pool.settle()
             return end
 
     def trim(self, before: int) -> int:
@@ -312,10 +303,9 @@ class SegmentLog:
             self._enlisted.append(self._active)
 
     def _control(self, kind: RecordKind, payload: bytes) -> None:
-        if self._active is None:
-            return
         try:
-            self._end = self._active.control(self._end, kind, payload)
+            if self._active is not None:
+                self._end = self._active.control(self._end, kind, payload)
         except OSError as e:
             message = f"{self.directory}: the disk does not take a record: {e}"
             raise LogError(message) from e
@@ -405,11 +395,3 @@ class SegmentLog:
             raise LogError(message) from e
         self._owed = []
         self._owed_table = None
-
-    def _prepare(self, segment: SegmentWriter, end: int) -> None:
-        """Have the next file ready before it is needed; here nobody waits for that."""
-        if end - segment.first > segment.size // 2:
-            with contextlib.suppress(OSError):
-                self._pool.prepare()
-        with contextlib.suppress(OSError):
-            self._pool.settle()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -50,6 +51,7 @@ class ServiceThread:
             signal.signal(number, _leave_to_service_thread)
         signal.signal(signal.SIGUSR1, self._context.on_poke)
         threading.excepthook = _on_thread_exception
+        sys.unraisablehook = self._on_unraisable
         self._thread.start()
 
     def stop(self) -> None:
@@ -60,6 +62,12 @@ class ServiceThread:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for fd in (self._signal_fd, self._signal_write_fd, self._end_fd, self._end_write_fd):
             os.close(fd)
+
+    def _on_unraisable(self, arguments: Any) -> None:
+        if arguments.exc_type is JobStopped:
+            self._context.raise_again()
+        else:
+            sys.__unraisablehook__(arguments)
 
     def _top(self) -> None:
         try:

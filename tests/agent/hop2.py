@@ -21,6 +21,8 @@ from edgedaq.segment_format import Record
 from edgedaq.segment_reader import SegmentReader
 from edgedaq.worker_process import worker_environment
 
+_FOR_EVER = 1 << 63
+
 PUTTER = """
 import struct, sys
 from edgedaq import DAQJob, DAQJobConfig
@@ -124,7 +126,7 @@ class Hop2:
             if worker.process.poll() is None:
                 worker.kill()
             worker.link.close()
-        if kind is not None and self.log.exists():
+        if self.log.exists():
             print(self.log.read_text()[-20000:])
 
     def intake(self, **config: Any) -> Worker:
@@ -202,13 +204,14 @@ class Hop2:
     def records(self) -> list[Record]:
         with SegmentReader(self.hub_state / "journal", 0) as reader:
             found: list[Record] = []
-            while entries := reader.read(1 << 63):
+            while entries := reader.read(_FOR_EVER):
                 for entry in entries:
                     if isinstance(entry, Record):
                         found.append(entry)
-                    else:  # position 0 is before the begin of any journal
+                    elif entry.last != _FOR_EVER:  # position 0 is before the begin of any journal
                         assert entry.first == 0, entry
-                        assert entry.table is not None and not entry.table.streams, entry
+                        assert entry.table is not None, entry
+                        assert not entry.table.streams, entry
             return found
 
     def logged(self, event: str) -> list[str]:

@@ -1,6 +1,6 @@
 """A producing process under a test's command: real memory, real sockets, real death.
 
-Run as a program it makes an outlet and obeys commands, one JSON map per line; ``Producer`` is the test's side.
+Run as a program it makes an outlet and obeys commands, one JSON map per line; ``Producer`` is its other side.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import zmq
 from edgedaq.clock import mono_ns
@@ -60,7 +60,7 @@ class Producer:
         )
         self.life: str = self._answer()["life"]
 
-    def __enter__(self) -> Producer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -19,7 +20,7 @@ from edgedaq.schema import decode_open, unpack_rows
 
 from tests.common.producing import LIMIT_S, SCHEMA, Producer, Taken, message_of, pump, row_of
 
-SMALL = {"ring_bytes": 64 << 10, "slot_bytes": 4096}
+SMALL: dict[str, Any] = {"ring_bytes": 64 << 10, "slot_bytes": 4096}
 
 
 def accepted(taken: Taken) -> StreamTable:
@@ -34,7 +35,7 @@ def accepted(taken: Taken) -> StreamTable:
     return table
 
 
-def rows_of(taken: Taken) -> list[tuple[object, ...]]:
+def rows_of(taken: Taken) -> list[tuple[Any, ...]]:
     return [
         row for frame in taken.frames if frame.kind is Kind.PACKED for row in unpack_rows(SCHEMA, frame.body)
     ]
@@ -273,6 +274,10 @@ def test_everything_of_a_ring_that_was_dead_before_anyone_looked_is_delivered(ru
     assert list(runtime_dir.iterdir()) == []
 
 
+def _witness(producer: Producer, said: list[dict[str, Any]]) -> None:
+    said += producer.last_answers()
+
+
 @pytest.mark.parametrize("kind", ["rows", "columns", "raw"])
 def test_what_put_has_returned_for_survives_kill_9(runtime_dir: Path, kind: str) -> None:
     seed = int.from_bytes(os.urandom(4), "little")
@@ -285,12 +290,13 @@ def test_what_put_has_returned_for_survives_kill_9(runtime_dir: Path, kind: str)
             Inlet(runtime_dir, "up", ["store"], retire=True) as inlet,
         ):
             producer.tell("endless", kind=kind, largest=choose.choice([300, 9000]))
-            witness: list[dict[str, int]] = []
-            reader = threading.Thread(target=lambda p=producer, w=witness: w.extend(p.last_answers()))
+            witness: list[dict[str, Any]] = []
+            reader = threading.Thread(target=_witness, args=(producer, witness))
             reader.start()
             pump(inlet, taken, taken.rows)
             end = time.monotonic() + choose.uniform(0.0, 0.2)
-            pump(inlet, taken, lambda e=end: time.monotonic() > e)
+            while time.monotonic() < end:
+                pump(inlet, taken, lambda: True)
             producer.process.kill()
             producer.process.wait()
             reader.join()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_rows_go_where_the_toml_of_the_job_says(bench: Bench) -> None:
     }
     assert (info.node, info.job, info.job_type, info.life) == ("node1", "job1", "Job", bench.context.life)
     assert [column.dtype for column in info.schema.columns] == ["i8", "f8"] if info.schema else False
-    assert [kind for kind in (f.kind for _, f in taken)] == [Kind.OPEN, Kind.PACKED, Kind.CLOSE]
+    assert [f.kind for _, f in taken] == [Kind.OPEN, Kind.PACKED, Kind.CLOSE]
     assert frame.rows == 2
 
 
@@ -187,6 +188,29 @@ def test_a_loss_is_a_gap_in_the_stream_that_was_put_to_last(bench: Bench) -> Non
     assert sorted(gaps) == [("a", 2), ("b", 2)]
 
 
+def test_a_thread_reports_losses_of_its_own_streams_only(bench: Bench) -> None:
+    found: list[str] = []
+
+    def work() -> None:
+        try:
+            bench.job.report_loss(1, "before it put anything")
+        except JobError:
+            found.append("refused")
+        bench.job.put_rows([[10]], ["n"])
+        bench.job.report_loss(7, "overrun")
+
+    bench.job.put_rows([[1]], ["n"])
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    bench.job.put_rows([[2]], ["n"])
+    taken = bench.taken()
+    assert found == ["refused"]
+    (gap,) = [frame for _, frame in taken if frame.kind is Kind.GAP]
+    mine = [f.rows for _, f in taken if f.kind is Kind.PACKED and f.stream != gap.stream]
+    assert sum(mine) == 2
+
+
 def test_a_stop_is_raised_once_out_of_sleep(bench: Bench) -> None:
     bench.context.request_stop()
     assert bench.job.is_stopping
@@ -217,7 +241,7 @@ def test_a_job_that_consumes_is_handed_every_message_of_its_topics(tmp_path: Pat
         worker(tmp_path, runtime_dir, code, forward=["out"]) as w,
     ):
         w.until("started")
-        pump(uplink, taken, lambda: (rings_dir / "job1.wants").exists())
+        pump(uplink, taken, (rings_dir / "job1.wants").exists)
         producer = stack.enter_context(Producer(rings_dir, claims={}))
         producer.tell("rows", first=0, count=500)
         producer.tell("raw", messages=[(1, 100), (2, 200_000)])

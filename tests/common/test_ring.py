@@ -93,7 +93,7 @@ def test_a_ring_is_allocated_in_full_and_for_its_user_alone(runtime_dir: Path) -
 
 
 def test_a_ring_that_does_not_fit_is_refused_in_words_and_leaves_nothing(runtime_dir: Path) -> None:
-    with pytest.raises(JobError, match="No space left.*bytes are free"):
+    with pytest.raises(JobError, match=r"No space left.*bytes are free"):
         ProducedRing(runtime_dir, IDENTITY, ring_bytes=1 << 46, slot_bytes=4096, slots=3)
     assert list(runtime_dir.iterdir()) == []
     assert not is_own(IDENTITY.life)

@@ -137,9 +137,8 @@ class Rig:
         frames = list(self.taken)
         layout = self.ring.layout
         area = copy[layout.data_offset :]
-        for at in left.frames:
-            if at.position >= self.cursor:
-                frames.append(decode(area, at.position % layout.ring_bytes))
+        here = [at.position for at in left.frames if at.position >= self.cursor]
+        frames += [decode(area, position % layout.ring_bytes) for position in here]
         frames += [decode(memoryview(raw)) for raw in left.tail]
         self._check_frames(frames)
 
@@ -248,7 +247,7 @@ MODULES = (
 
 
 def scenario(rig: Rig) -> None:
-    """Come by every path: seal in between, full slots, eviction, wrap, direct frames, widening, loss, close."""
+    """Come by every path: seals in between, full slots, eviction, wrap, large ones, widening, loss, close."""
     for n in range(8):
         rig.put_one("flat", (n, n / 2, n))
     rig.seal(0)
@@ -313,20 +312,20 @@ def _mutated(old: str, new: str) -> ModuleType:
     return module
 
 
+PUBLISHED = "        self._words[W_PUBLISHED] = head\n"
+NEXT_SEQ = "        account.words[W_NEXT_SEQ] = account.next_seq + len(bodies)\n"
+ROWS = "        account.words[W_ROWS] = rows + lost_rows\n"
+EMPTY_SLOT = "        words[W_COMMIT] = 0\n"
+FREE_SLOT = "        words[W_SLOT_STREAM] = 0\n"
+BASE = "        words[W_ROW_BASE] = account.rows\n"
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (
-            "        self._words[W_PUBLISHED] = head\n        account.words[W_NEXT_SEQ] = account.next_seq + len(bodies)\n"
-            "        account.words[W_ROWS] = rows + lost_rows\n",
-            "        account.words[W_ROWS] = rows + lost_rows\n        account.words[W_NEXT_SEQ] = account.next_seq"
-            " + len(bodies)\n        self._words[W_PUBLISHED] = head\n",
-        ),
-        (
-            "        words[W_COMMIT] = 0\n        words[W_SLOT_STREAM] = 0\n",
-            "        words[W_SLOT_STREAM] = 0\n",
-        ),
-        ("        words[W_ROW_BASE] = account.rows\n", "        words[W_ROW_BASE] = 0\n"),
+        (PUBLISHED + NEXT_SEQ + ROWS, ROWS + NEXT_SEQ + PUBLISHED),
+        (EMPTY_SLOT + FREE_SLOT, FREE_SLOT),
+        (BASE, BASE.replace("account.rows", "0")),
     ],
     ids=["account before published", "commit kept at attach", "row base forgotten"],
 )

@@ -21,9 +21,9 @@ def _first_failure(workload: Workload, tmp_path: Path, *, rounds: int, kept: lis
     rng = random.Random(seed)
     events = workload.storage.events
     for attempt in range(rounds):
-        at = attempt + 1 if rounds >= len(events) else rng.randint(1, len(events))
-        if at > len(events):
+        if rounds > len(events) and attempt == len(events):
             break
+        at = attempt + 1 if rounds > len(events) else rng.randint(1, len(events))
         left = tmp_path / "left"
         share = rng.choice(kept)
         power_cut(events[:at], left, rng, share)
@@ -36,12 +36,12 @@ def _first_failure(workload: Workload, tmp_path: Path, *, rounds: int, kept: lis
 
 @pytest.mark.parametrize("resends", [False, True], ids=["spool", "journal"])
 def test_a_kill_at_any_moment_loses_nothing_that_was_synced_and_invents_nothing(tmp_path, resends):
-    workload = _worked(tmp_path, RecordingStorage(), 1, resends=resends)
+    workload = _worked(tmp_path, RecordingStorage(), 1, resends=resends, steps=70)
     assert _first_failure(workload, tmp_path, rounds=10_000, kept=[1.0], seed=1) == ""
 
 
 @pytest.mark.parametrize("resends", [False, True], ids=["spool", "journal"])
-@pytest.mark.parametrize("seed", [2, 3, 4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
 def test_a_power_cut_that_loses_unsynced_sectors_loses_nothing_that_was_synced(tmp_path, resends, seed):
     workload = _worked(tmp_path, RecordingStorage(), seed, resends=resends)
     kept = [0.0, 0.3, 0.7, 0.95, 0.99]

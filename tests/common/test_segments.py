@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from edgedaq.errors import ConfigError, WireError
 from edgedaq.frame import Kind, decode
 from edgedaq.segment_format import Hole, Record
 from edgedaq.segment_reader import SegmentReader, read_table
+from edgedaq.segment_recovery import recover
 from edgedaq.segments import LogError, LogFull, SegmentLog
 from edgedaq.storage import OsStorage
 
@@ -170,7 +172,7 @@ def test_a_full_log_says_how_many_frames_it_took_and_takes_more_after_trimming(t
         log.sync()
         assert _raws(read_all(log.directory, log.begin, log.end)) == [bytes(one.raw) for one in frames[:kept]]
         log.trim(log.end)
-        assert log.would_fit(20_000)
+        assert log.would_fit(10_000)
         log.append(frames[kept : kept + 10])
         assert log.table.expected(1) == frames[kept + 10].seq
 
@@ -404,3 +406,54 @@ def test_a_log_can_be_moved_and_read_by_another_process_while_it_is_written(tmp_
         records = read_all(log.directory, log.begin, log.durable)
         assert all(isinstance(entry, Record) for entry in records)
         assert _raws(records) == raws
+
+
+def test_a_log_of_more_segments_than_a_process_may_open_files_is_recovered_whole(tmp_path):
+    with _log(tmp_path / "log", limit_bytes=1 << 24) as log:
+        raws = _fill(log, 500, body_bytes=3000)
+        count = len(list(log.directory.glob("*.seg")))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    assert count > 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, hard))
+    try:
+        with _log(tmp_path / "log", limit_bytes=1 << 24, resends=True) as log:
+            assert log.recovery.problems == []
+            assert log.recovery.holes == []
+            assert log.recovery.kept_records == 500
+            assert _raws(read_all(log.directory, log.begin, log.end)) == raws
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class _OutOfFiles(QuickStorage):
+    """Cannot open segments for a moment, for a reason that is not damage."""
+
+    def open(self, path: Path, *, write: bool = False, create: bool = False) -> int:
+        if path.suffix == ".seg":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().open(path, write=write, create=create)
+
+
+def test_a_segment_that_cannot_be_opened_stops_the_start_and_costs_nothing(tmp_path):
+    with _log(tmp_path / "log") as log:
+        raws = _fill(log, 60)
+    with pytest.raises(LogError, match="Too many open files"):
+        _log(tmp_path / "log", storage=_OutOfFiles(), resends=True)
+    with _log(tmp_path / "log", resends=True) as log:
+        assert _raws(read_all(log.directory, log.begin, log.end)) == raws
+
+
+def test_a_log_too_large_to_verify_in_full_starts_from_a_later_checkpoint_with_the_same_account(tmp_path):
+    with _log(tmp_path / "log", limit_bytes=1 << 24) as log:
+        raws = _fill(log, 300, body_bytes=3000)
+        table = log.table.snapshot()
+        end = log.end
+    options = {"resends": True, "segment_bytes": SEGMENT_BYTES}
+    found = recover(QuickStorage(), tmp_path / "log", scan_bytes=4 * SEGMENT_BYTES, **options)
+    assert 0 < found.report.kept_records < 50
+    assert found.report.holes == []
+    assert found.table.snapshot() == table
+    assert found.may_continue
+    assert _raws(read_all(tmp_path / "log", found.segments[0].first, end)) == raws
+    assert [one.end for one in found.segments[:-1]] == [one.first for one in found.segments[1:]]

@@ -27,6 +27,7 @@ HEAD = """
 import os, socket, threading, time
 from edgedaq import *
 from edgedaq.errors import *
+PAIR = socket.socketpair()
 STORE = DAQJobStoreConfig(csv=DAQJobStoreConfigCSV(file_path="a.csv"))
 
 class Config(DAQJobConfig):
@@ -161,7 +162,7 @@ def test_a_job_that_finishes_reports_and_ends_with_0(tmp_path: Path, runtime_dir
     [
         "self.sleep(1000)",
         "time.sleep(1000)",
-        "socket.socketpair()[0].recv(1)",
+        "PAIR[0].recv(1)",
         "threading.Event().wait()",
         "pass",
         "self.put_rows([[1]], ['n'], store_config=STORE)",

@@ -235,7 +235,7 @@ class Delivery(RuleBasedStateMachine):
             message = self.to_uplink.popleft()
             if isinstance(message, Ack):
                 self.credit = max(self.credit, message.credit)
-                self._release(self.lane.ack(message.durable))
+                self._release(self.lane.ack(message.durable, self.now))
             else:
                 sent = self.lane.sent
                 if not self.lane.go_back(message.position):
@@ -247,7 +247,7 @@ class Delivery(RuleBasedStateMachine):
                 else:
                     self.repair.note(message)
         if self.lane.in_flight_bytes == 0:
-            self._release(self.lane.ack(self.lane.acked))
+            self._release(self.lane.ack(self.lane.acked, self.now))
         if self.lane.spool_acked <= self.spool.durable:
             self.saved_acked = self.lane.spool_acked
 

@@ -158,6 +158,16 @@ class Side:
         self.process.kill()
         self.process.wait()
 
+    def kill_all(self) -> None:
+        """Kill the supervisor and all of its workers, so that none can react to another's end."""
+        workers = psutil.Process(self.process.pid).children(recursive=True)
+        for pid in (self.process.pid, *(worker.pid for worker in workers)):
+            os.kill(pid, signal.SIGSTOP)
+        for pid in (self.process.pid, *(worker.pid for worker in workers)):
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        psutil.wait_procs(workers, 5.0)
+
     def stop(self, number: int = signal.SIGTERM, *, expected_status: int = 0) -> float:
         """Stop the supervisor in order; return how long it took, which the promise limits."""
         begun_s = time.monotonic()
