@@ -1,6 +1,7 @@
 """What the uplink does, one step of its poll loop after the other.
 
-All of a ``Carrier`` is used by one thread, except ``report`` and ``take_node_report``, which another may call.
+All of a ``Carrier`` is used by one thread, except ``report`` and ``take_node_report``, which another may
+call.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ import zmq
 from edgedaq.bad_files import BadFiles
 from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import WireError
-from edgedaq.frame import MAX_FRAME_BYTES, Frame, count_rows, length_at
-from edgedaq.inlet import Inlet, RingView, Run
-from edgedaq.lane import Entry, FromMemory, FromSpool, Lane, Release
-from edgedaq.log_limit import LogLimit
+from edgedaq.frame import MAX_FRAME_BYTES, Frame, count_rows
+from edgedaq.inlet import Inlet, Run
+from edgedaq.lane import FromMemory, FromSpool, Lane
 from edgedaq.logsetup import get_logger
-from edgedaq.session_messages import Ack, Hello, Refused, Report, Resend
+from edgedaq.session_messages import Ack, Hello, Report
 from edgedaq.transport import FLAG_REPLAY, PART_BYTES, pack_data_header
 
-from edgedaq_agent.repair import Repair
+from edgedaq_agent.corrector import Corrector
+from edgedaq_agent.ring_entries import entries_of, is_crowded, open_of, release
 from edgedaq_agent.session import LaneMessage, Session
-from edgedaq_agent.spool import Spool, whole_frames
+from edgedaq_agent.spool import Spool
 
 __all__ = ["Carrier", "CarrierOptions"]
 
@@ -35,7 +36,7 @@ _SAVE_NS = 1_000_000_000
 _REPORT_NS = 500_000_000
 _RETRY_NS = 200_000_000
 _PARTS_PER_STEP = 16
-_STUCK_MAX = 20
+_STUCK_WAIT_S = 5.0
 _ACKS_WITHIN_NS = 2_000_000_000
 _DRAIN_WITHIN_NS = 4_500_000_000
 _DATA_LANE = 0
@@ -81,7 +82,7 @@ class Carrier:
                     limit_bytes=options.spool_limit_bytes,
                     reserve_bytes=options.spool_reserve_bytes,
                     bad=self._bad,
-                    open_of=_open_of,
+                    open_of=open_of,
                 )
             )
             self._inlet = self._stack.enter_context(
@@ -97,24 +98,19 @@ class Carrier:
             part_bytes=PART_BYTES,
         )
         self._note_backlog()
-        self._repair = Repair()
+        self._corrector = Corrector(self._bad, self._find_open)
         self._poller = zmq.Poller()
         self._polled: list[Any] = []
         self._wants_room = False
         self._session_number = 0
         self._scan_ns = self._save_ns = self._report_ns = self._retry_ns = 0
         self._report: dict[str, Any] = {}
-        self._careful_until = 0
-        self._refused_at: tuple[int, int] | None = None
-        self._stuck: tuple[int, int] = (-1, 0)
-        self._returned = LogLimit()
         self._failed_count = 0
         self._stop_ns = 0
         self._node_report: dict[str, Any] | None = None
         self.sent_bytes = 0
         self.acked_bytes = 0
         self.sent_count = 0
-        self._problem_counts = {"Refused": 0, "Resend": 0, "Unknown": 0, "Ahead": 0}
 
     def __enter__(self) -> Self:
         return self
@@ -144,14 +140,13 @@ class Carrier:
         for run in self._inlet.receive():
             self._arrive(run, now_ns)
         self._spool.clear()
-        self._release(self._lane.durable(self._spool.durable))
+        release(self._lane.durable(self._spool.durable))
         for message in self._session.service(now_ns):
             self._act(message, now_ns)
         if self._session.is_up and self._session.number != self._session_number:
             self._session_number = self._session.number
             self._lane.begin_session()
-            self._repair.forget()
-            self._refused_at = None
+            self._corrector.begin_session()
         self._fill_spool(now_ns)
         self._send(now_ns)
         if now_ns >= self._save_ns:
@@ -185,7 +180,7 @@ class Carrier:
             self._poller.register(socket, zmq.POLLIN | zmq.POLLOUT)
         now_ns = mono_ns()
         due_ns = min(self._scan_ns, self._session.due_ns, self._save_ns)
-        spool_ns = self._lane.due_ns(_is_crowded)
+        spool_ns = self._lane.due_ns(is_crowded)
         if spool_ns is not None:
             due_ns = min(due_ns, max(spool_ns, self._retry_ns))
         if (
@@ -201,15 +196,8 @@ class Carrier:
 
     def _arrive(self, run: Run, now_ns: int) -> None:
         self._took(count_rows(run.frames), len(run.frames))
-        pieces = _pieces(run.frames, run.count)
-        for at, (frames, count) in enumerate(pieces):
-            release_to = run.end if at == len(pieces) - 1 else None
-            self._lane.arrive(Entry(run.ring, frames, count, release_to, now_ns))
-
-    def _release(self, releases: list[Release]) -> None:
-        for ring, up_to in releases:
-            if isinstance(ring, RingView):
-                ring.release(up_to)
+        for entry in entries_of(run, now_ns):
+            self._lane.arrive(entry)
 
     def _act(self, message: LaneMessage, now_ns: int) -> None:
         lane = self._lane
@@ -219,28 +207,12 @@ class Carrier:
             self._session.credit = max(self._session.credit, message.credit)
             self._take_ack(message.durable, now_ns)
         else:
-            self._problem_counts[type(message).__name__] += 1
-            count = self._returned.note(now_ns)
-            if count:
-                name = type(message).__name__
-                self._log.warning("part.returned", problem=name, count=count, **_facts(message))
             sent = lane.sent
             if not lane.go_back(message.position):
                 self._session.end("protocol", f"no part began at {message.position}", now_ns)
-                return
-            count = self._stuck[1] + 1 if self._stuck[0] == message.position else 1
-            self._stuck = (message.position, count)
-            if count > _STUCK_MAX:
-                self._stuck = (-1, 0)
-                self._session.end("stuck", f"{count} problems at one position", now_ns, retry_after_s=5.0)
-                return
-            self._careful_until = sent + PART_BYTES
-            if isinstance(message, Resend):
-                self._repair.check_all()
-                return
-            if isinstance(message, Refused) and message.stream == 0:
-                self._refused_at = (message.position, message.offset)
-            self._repair.note(message)
+            elif not self._corrector.note(message, sent, now_ns):
+                text = "too many problems at one position"
+                self._session.end("stuck", text, now_ns, retry_after_s=_STUCK_WAIT_S)
 
     def _take_ack(self, position: int, now_ns: int) -> None:
         before, spool_acked = self._lane.acked, self._lane.spool_acked
@@ -252,14 +224,14 @@ class Carrier:
         self.acked_bytes += self._lane.acked - before
         if self._lane.spool_acked != spool_acked:
             self._spool.acknowledge(self._lane.spool_acked)
-        self._release(releases)
+        release(releases)
 
     def _fill_spool(self, now_ns: int, *, all_of_it: bool = False) -> None:
         if self._spool.failed_count != self._failed_count:
             self._move_with_spool(now_ns)
         if now_ns < self._retry_ns and not all_of_it:
             return
-        groups = self._lane.plan_spooling(now_ns, _is_crowded, all_of_it=all_of_it)
+        groups = self._lane.plan_spooling(now_ns, is_crowded, all_of_it=all_of_it)
         ends: list[int] = []
         for group in groups:
             end = self._spool.append(group)
@@ -268,7 +240,7 @@ class Carrier:
                 break
             ends.append(end)
         self._lane.spooled(groups, ends)
-        self._release(self._lane.durable(self._spool.durable))
+        release(self._lane.durable(self._spool.durable))
 
     def _move_with_spool(self, now_ns: int) -> None:
         """The disk failed: what was in the spool and not durable has, or will have, another place there."""
@@ -286,8 +258,8 @@ class Carrier:
             part = self._lane.next_part(session.credit)
             if part is None or not self._send_part(part):
                 break
-            if self._repair.is_needed and self._lane.sent >= self._careful_until:
-                self._repair.forget()
+            if self._corrector.is_needed:
+                self._corrector.passed(self._lane.sent)
         self._send_node_report()
         if self._lane.in_flight_bytes == 0 and self._lane.sent:
             self._take_ack(self._lane.acked, now_ns)  # of parts of which nothing was left to send
@@ -308,15 +280,17 @@ class Carrier:
             frames, upto = found, found.upto
             if not found and upto == part.position:
                 return False
-        elif self._repair.is_needed:
-            frames = [f for entry in part.entries for f in whole_frames(entry.frames, self._set_aside)]
+        elif self._corrector.is_needed:
+            frames = self._corrector.whole_frames(part.entries)
         if frames is None and isinstance(part, FromMemory):
             entries = part.entries
             count = sum(entry.count for entry in entries)
             data = entries[0].frames if len(entries) == 1 else b"".join([entry.frames for entry in entries])
         else:
-            chunks, count = self._repaired(frames or [])
-            data = b"".join(chunks)
+            chunks: list[bytes | memoryview] = [frame.raw for frame in frames or ()]
+            if self._corrector.is_needed:
+                chunks = self._corrector.correct(frames or (), lane.sent)
+            data, count = b"".join(chunks), len(chunks)
         size = len(data)
         if size > room:
             return False
@@ -334,30 +308,12 @@ class Carrier:
             lane.sent_memory(part, size)
         return True
 
-    def _repaired(self, frames: list[Frame]) -> tuple[list[bytes | memoryview], int]:
-        if not self._repair.is_needed:
-            return [frame.raw for frame in frames], len(frames)
-        if self._refused_at is not None and self._refused_at[0] == self._lane.sent:
-            offset = self._refused_at[1]
-            self._refused_at = None
-            for frame in frames:
-                if offset == 0:
-                    self._repair.refuse(frame, "frame")
-                offset -= len(frame.raw)
-        chunks, aside = self._repair.apply(frames, self._find_open)
-        for frame, reason in aside:
-            self._bad.add(frame.stream, frame.seq, reason, frame.raw)
-        return chunks, len(chunks)
-
     def _find_open(self, stream: int) -> bytes | None:
         for ring in self._inlet.rings.values():
             raw = ring.open_frame(stream)
             if raw is not None:
                 return raw
         return self._spool.find_open(stream)
-
-    def _set_aside(self, raw: memoryview, reason: str) -> None:
-        self._bad.add(0, 0, reason, raw)
 
     def _make_report(self, now_ns: int) -> dict[str, Any]:
         session, lane, spool = self._session, self._lane, self._spool
@@ -372,10 +328,10 @@ class Carrier:
             "sent_bytes": self.sent_bytes,
             "acked_bytes": self.acked_bytes,
             "resent_bytes": lane.resent_bytes,
-            "resent": self._problem_counts["Resend"],
-            "refused": self._problem_counts["Refused"],
-            "unknown": self._problem_counts["Unknown"],
-            "ahead": self._problem_counts["Ahead"],
+            "resent": self._corrector.counts["Resend"],
+            "refused": self._corrector.counts["Refused"],
+            "unknown": self._corrector.counts["Unknown"],
+            "ahead": self._corrector.counts["Ahead"],
             "set_aside": self._bad.count,
             "in_flight_bytes": lane.in_flight_bytes if is_up else 0,
             "waiting_bytes": lane.memory_bytes,
@@ -413,7 +369,7 @@ class Carrier:
         now_ns = mono_ns()
         self._fill_spool(now_ns, all_of_it=True)
         if self._spool.sync():
-            self._release(self._lane.durable(self._spool.durable))
+            release(self._lane.durable(self._spool.durable))
         if self._lane.memory_bytes:
             self._log.error(
                 "spool.incomplete", reason=self._spool.problem, waiting_bytes=self._lane.memory_bytes
@@ -422,42 +378,3 @@ class Carrier:
         self._spool.save()
         self._send_node_report()
         self._session.say_goodbye()
-
-
-def _open_of(holder: object, stream: int) -> bytes | None:
-    return holder.open_frame(stream) if isinstance(holder, RingView) else None
-
-
-def _is_crowded(holder: object, held_bytes: int) -> bool:
-    return isinstance(holder, RingView) and held_bytes > holder.layout.ring_bytes // 2
-
-
-def _pieces(frames: memoryview, count: int) -> list[tuple[memoryview, int]]:
-    """Cut a run at borders of frames into pieces that fit a part."""
-    if len(frames) <= PART_BYTES:
-        return [(frames, count)]
-    pieces: list[tuple[memoryview, int]] = []
-    begin = position = number = 0
-    while position < len(frames):
-        try:
-            length = length_at(frames, position)
-        except WireError:
-            length = len(frames) - position  # the intake will say so
-        if number and position + length - begin > PART_BYTES:
-            pieces.append((frames[begin:position], number))
-            begin, number = position, 0
-        position += length
-        number += 1
-    pieces.append((frames[begin:], number))
-    return pieces
-
-
-def _facts(message: LaneMessage) -> dict[str, Any]:
-    facts: dict[str, Any] = {"position": message.position} if not isinstance(message, Ack) else {}
-    if isinstance(message, Resend):
-        return facts | {"reason": message.text}
-    for name in ("stream", "seq", "expected", "code", "text"):
-        value = getattr(message, name, None)
-        if value is not None:
-            facts[name if name != "text" else "reason"] = f"{value:016x}" if name == "stream" else value
-    return facts

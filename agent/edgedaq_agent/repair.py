@@ -6,11 +6,12 @@ the intake said             so, when the lane is sent again from that position
 REFUSED(stream, seq)        a GAP with the reason goes in the frame's place
 REFUSED(stream, 0)          its OPEN: no frame of this stream can be taken; all of it is set aside
 UNKNOWN(stream)             its OPEN goes before its next frame; where nobody has one, all of it is set aside
-AHEAD(stream, expected)     a GAP from there to the frame that is ahead goes before it: the rest is lost for good
+AHEAD(stream, expected)     a GAP from there to the frame that is ahead goes before it: the rest is lost for
+good
 =========================== ================================================================================
 
-Corrections are forgotten once their place has been passed, or the session ends: if one was needed after all, the
-intake says it again. Only streams that are set aside are remembered, until their CLOSE.
+Corrections are forgotten once their place has been passed, or the session ends: if one was needed after all,
+the intake says it again. Only streams that are set aside are remembered, until their CLOSE.
 """
 
 from __future__ import annotations

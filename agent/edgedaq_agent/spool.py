@@ -1,17 +1,16 @@
 """The spool of a lane: what the aggregator has not acknowledged, on the node's own disk.
 
-A thin shell around a ``SegmentLog``: takes entries of the lane, gives back frames from a position. What it holds need
-not be everything of a stream, because most frames never pass through it; so it writes the OPEN of a stream before the
-first frame of it that comes, and drops only what it has already (after a restart, rings offer again what they
-had not been released).
+A thin shell around a ``SegmentLog``: takes entries of the lane, gives back frames from a position. What it
+holds need not be everything of a stream, because most frames never pass through it; so it writes the OPEN of
+a stream before the first frame of it that comes, and drops only what it has already (after a restart, rings
+offer again what they had not been released).
 
-Its positions are the lane's. How far the aggregator is, is saved in the log now and then; what is sent twice because of
-an older one is dropped by identity.
+Its positions are the lane's. How far the aggregator is, is saved in the log now and then; what is sent twice
+because of an older one is dropped by identity.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +21,16 @@ from edgedaq.bad_files import BadFiles
 from edgedaq.committer import Committer
 from edgedaq.delivery import Verdict, gap_of
 from edgedaq.errors import WireError
-from edgedaq.frame import Frame, Kind, decode, length_at
+from edgedaq.frame import Frame, Kind, decode
 from edgedaq.lane import Entry
 from edgedaq.logsetup import get_logger
 from edgedaq.segment_format import Hole, Record
 from edgedaq.segment_reader import SegmentReader
 from edgedaq.segments import LogError, SegmentLog
 
-__all__ = ["OpenOf", "Spool", "SpoolPart", "whole_frames"]
+from edgedaq_agent.corrector import whole_frames
+
+__all__ = ["OpenOf", "Spool", "SpoolPart"]
 
 _SEGMENT_BYTES = 16 << 20
 _SEGMENTS_MIN = 4
@@ -133,7 +134,6 @@ class Spool:
 
         None when they could not all be written; they may be offered again. Durable later: see ``fileno``.
         """
-        table = self._segments.table
         size = sum(len(entry.frames) for entry in entries)
         if not self._segments.would_fit(size):
             if self._segments.unsynced_bytes < size + (32 << 20):
@@ -152,7 +152,7 @@ class Spool:
         return self._segments.end
 
     def read(self, position: int, upto: int, part_bytes: int, room: int) -> SpoolPart:
-        """Return frames from a position on: one, and more up to ``part_bytes`` together, never beyond ``room``.
+        """Return frames from a position on: one, and more up to ``part_bytes``, never beyond ``room``.
 
         Empty, with ``upto`` further on, where records are lost.
         """
@@ -231,7 +231,7 @@ class Spool:
         table = self._segments.table
         frames: list[Frame] = []
         next_seqs: dict[int, int] = {}
-        for frame in whole_frames(entry.frames, self._set_aside):
+        for frame in whole_frames(entry.frames, self._bad):
             stream = frame.stream
             try:
                 last = gap_of(frame)[0] if frame.kind is Kind.GAP else frame.seq
@@ -270,34 +270,9 @@ class Spool:
             self._reader.close()
             self._reader = None
 
-    def _set_aside(self, raw: memoryview, reason: str) -> None:
-        self._bad.add(0, 0, reason, raw)
-
     def _tell(self, problem: str) -> None:
         if problem and not self.problem:
             self._log.error("spool.blocked", reason=problem)
         elif self.problem and not problem:
             self._log.info("spool.resumed")
         self.problem = problem
-
-
-def whole_frames(buffer: memoryview, set_aside: Callable[[memoryview, str], None]) -> list[Frame]:
-    """Return the frames that lie back to back in a buffer; what is damaged is set aside.
-
-    Behind a frame whose length cannot be told, the rest goes with it.
-    """
-    frames: list[Frame] = []
-    position, end = 0, len(buffer)
-    while position < end:
-        try:
-            frame = decode(buffer, position)
-        except WireError as e:
-            length = end - position
-            with contextlib.suppress(WireError):
-                length = min(length_at(buffer, position), length)
-            set_aside(buffer[position : position + length], str(e))
-            position += length
-            continue
-        frames.append(frame)
-        position += len(frame.raw)
-    return frames

@@ -7,9 +7,10 @@ The job is the thread around a poll loop; what happens in it::
                         ▼    └── spool durable, ACK ───────┘──► rings are released
                       Spool
 
-A run is sent the moment it arrives, as far as the credit goes; what is not acknowledged within ``spool_after`` goes to the
-spool first. What the intake cannot take is corrected by ``Repair``. At the end everything that is left is made durable in
-the spool. Decisions are in ``lane.py`` and ``repair.py``, sockets in ``session.py``, files in ``spool.py``.
+A run is sent the moment it arrives, as far as the credit goes; what is not acknowledged within
+``spool_after`` goes to the spool first. What the intake cannot take is corrected by ``Repair``. At the end
+everything that is left is made durable in the spool. Decisions are in ``lane.py`` and ``repair.py``, sockets
+in ``session.py``, files in ``spool.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The intake: receives what the agents' uplinks send, checks it, journals it, and acknowledges what is durable.
+"""The intake: receives what uplinks send, checks it, journals it, and acknowledges what is durable.
 
-The job is the thread around ``Reception``; the journal belongs to it, and stores follow that on their own. At its end
-everything that was received is durable.
+The job is the thread around ``Reception``; the journal belongs to it, and stores follow that on their own.
+At its end everything that was received is durable.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class IntakeConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
     limit: Annotated[Bytes, msgspec.Meta(gt=0)] = 20 << 30
     reserve: Annotated[Bytes, msgspec.Meta(ge=0)] = 1 << 30
     keep: Annotated[Bytes, msgspec.Meta(ge=0)] = 256 << 20
-    stores: list[str] = []
+    stores: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.listen = check_address("listen", self.listen, listens=True)
@@ -61,7 +61,8 @@ class Intake(DAQJob):
         """Receive until stopped.
 
         Raises:
-            StoreError: The journal cannot be opened, or the address not be listened on; trying again may help.
+            StoreError: The journal cannot be opened, or the address not be listened on; trying again may
+            help.
         """
         config = self.config
         context: zmq.Context[Any] = zmq.Context.instance()

@@ -1,7 +1,7 @@
 """What the intake does with the frames of one part: decisions without I/O.
 
-A part is judged frame by frame, up to its end or the first frame that cannot be taken; what was accepted before it is
-kept. The problem is told to the uplink, which goes back to the begin of the part::
+A part is judged frame by frame, up to its end or the first frame that cannot be taken; what was accepted
+before it is kept. The problem is told to the uplink, which goes back to the begin of the part::
 
     problem     when                                                           the uplink then sends
     Resend      the checksum does not match: damaged on the way                the same again
@@ -9,7 +9,8 @@ kept. The problem is told to the uplink, which goes back to the begin of the par
     Unknown     its stream was never opened here (the journal lost it)         the OPEN first
     Ahead       frames before it never came (lost on the node, or here)        them, or a GAP first
 
-Frames that were accepted and are in no table yet are tracked beside it, so that the journal can take a part in one go.
+Frames that were accepted and are in no table yet are tracked beside it, so that the journal can take a part
+in one go.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _CLOSED = -1
 class StreamFacts(NamedTuple):
     """What of an OPEN matters here.
 
-    ``row_bytes`` is 0 when the stream has no rows of fixed width; ``stores`` are the keys of its store_config.
+    ``row_bytes`` is 0 when the stream has no rows of fixed width; ``stores`` are the keys of its
+    store_config.
     """
 
     node: str
@@ -94,7 +96,7 @@ class StreamOwners:
 
 @dataclass(slots=True)
 class Judged:
-    """What became of a part. ``problem`` is None when all of it was judged; ``culprit`` is the refused frame."""
+    """What became of a part. ``problem`` is None when all was judged; ``culprit`` is the refused frame."""
 
     accepted: list[Frame] = field(default_factory=list)
     duplicate_count: int = 0
@@ -159,9 +161,7 @@ def judge_part(
         stream = frame.stream
         facts = owners.facts.get(stream)
         try:
-            if facts is not None and facts.node != node:
-                raise _Refusal("node", f"stream {stream:016x} belongs to node {facts.node!r}, not {node!r}")
-            verdict = _judge(table, expected, frame)
+            verdict = _judge(table, expected, frame, facts, node)
             if verdict is Verdict.DUPLICATE:
                 judged.duplicate_count += 1
                 continue
@@ -187,8 +187,12 @@ def judge_part(
     return judged
 
 
-def _judge(table: StreamTable, expected: dict[int, int], frame: Frame) -> Verdict:
+def _judge(
+    table: StreamTable, expected: dict[int, int], frame: Frame, facts: StreamFacts | None, node: str
+) -> Verdict:
     """Like ``StreamTable.judge``, as if what was accepted of this part had been applied."""
+    if facts is not None and facts.node != node:
+        raise _Refusal("node", f"stream {frame.stream:016x} belongs to node {facts.node!r}, not {node!r}")
     ahead = expected.get(frame.stream)
     try:
         if ahead is None:

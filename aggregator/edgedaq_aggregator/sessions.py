@@ -3,12 +3,13 @@
 ::
 
     acked ............ durable in the journal and told, or about to be told
-          ............ in the journal, not durable: one ``Pending`` per part (session position → journal position)
+          ............ in the journal, not durable: one ``Pending`` per part (session position → journal
+          position)
     taken ............ the next part must begin here
           ............ may be sent, up to ``credit`` = acked + window
 
-While something is wrong with the part at ``taken``, or the journal has no room, the session *stands still*: parts that
-begin further on are ignored until one comes that begins at ``taken``.
+While something is wrong with the part at ``taken``, or the journal has no room, the session *stands still*:
+parts that begin further on are ignored until one comes that begins at ``taken``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from edgedaq.session_messages import Ack, Hello, Reject
 from edgedaq.session_messages import PROTOCOL_VERSION as VERSION
+from edgedaq.session_messages import Ack, Hello, Reject
 from edgedaq.transport import DataHeader
 
 __all__ = ["NODES_MAX", "IntakeLane", "Pending", "Session", "Sessions", "Take", "check_hello"]
@@ -94,7 +95,7 @@ class IntakeLane:
         self.waits_for_room = for_room
 
     def durable(self, journal_position: int) -> list[tuple[str, int]]:
-        """Take that the journal is durable up to a position; return the samples of the parts that became so."""
+        """Take that the journal is durable up to a position; return the samples of parts that became so."""
         samples: list[tuple[str, int]] = []
         while self.pending and self.pending[0].journal_end <= journal_position:
             done = self.pending.popleft()

@@ -1,7 +1,7 @@
 """What was set aside because nobody can take it: one ``.bad`` file each, kept for a human, bounded together.
 
-``<stream, 16 hex>-<seq>-<number>.bad`` holds the bytes as they were, ``....txt`` beside it the reason in one line. Beyond
-the limit the oldest go.
+``<stream, 16 hex>-<seq>-<number>.bad`` holds the bytes as they were, ``....txt`` beside it the reason in one
+line. Beyond the limit the oldest go.
 """
 
 from __future__ import annotations

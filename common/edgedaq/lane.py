@@ -7,16 +7,18 @@
             spool_acked                   spool_end                      newest entry
                       ▲ cursor: what the session sends next, in either part
 
-Entries arrive at the right end and leave by the acknowledgement of the session, or into the spool, always the oldest
-first. Of what is in the spool nothing is held here but positions. What the rings may forget is returned as
-``Release``s: when an entry is acknowledged, or durable in the spool, whichever comes first.
+Entries arrive at the right end and leave by the acknowledgement of the session, or into the spool, always
+the oldest first. Of what is in the spool nothing is held here but positions. What the rings may forget is
+returned as ``Release``s: when an entry is acknowledged, or durable in the spool, whichever comes first.
 
-A session starts at position 0 with the oldest unacknowledged byte. What was sent and not acknowledged is a row of
-*flights*; each knows at which address of the lane it begins and ends, also when entries move to the spool while
-they fly. So a cumulative acknowledgement, or going back to a position, is a step to the address of a flight.
+A session starts at position 0 with the oldest unacknowledged byte. What was sent and not acknowledged is a
+row of
+*flights*; each knows at which address of the lane it begins and ends, also when entries move to the spool
+while they fly. So a cumulative acknowledgement, or going back to a position, is a step to the address of a
+flight.
 
-An address is (spool position, index of an entry); it is in memory iff its spool position is ``spool_end``. While the
-cursor is in the spool no entry of memory is in flight.
+An address is (spool position, index of an entry); it is in memory iff its spool position is ``spool_end``.
+While the cursor is in the spool no entry of memory is in flight.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ _AGE_MARK_NS = 1_000_000_000
 class Entry:
     """Whole frames back to back in memory that belongs to ``holder`` (a ring).
 
-    ``release_to`` is the holder's position that is released with this entry; None where a later entry of the same
-    run bears it. ``index`` is the lane's.
+    ``release_to`` is the holder's position that is released with this entry; None where a later entry of the
+    same run bears it. ``index`` is the lane's.
     """
 
     holder: Hashable
@@ -93,7 +95,8 @@ class Lane:
         spool_end: Position of the spool's end.
         spool_after_ns: Age at which an entry goes to the spool.
         crowded_after_ns: Age for the same while a holder is short of room and no acknowledgement has come for
-            as long. While some come, a holder that is full makes its producer wait for them, not for the disk.
+            as long. While some come, a holder that is full makes its producer wait for them, not for the
+            disk.
         part_bytes: Up to this entries are joined; a larger one goes alone.
     """
 
@@ -153,7 +156,7 @@ class Lane:
         return self._held_bytes.get(holder, 0)
 
     def oldest_ns(self) -> int | None:
-        """Return when the oldest unacknowledged byte arrived (to a second if spooled); None when there is none."""
+        """Return when the oldest owed byte arrived (to a second if spooled); None if there is none."""
         if self.spool_acked < self.spool_end:
             return self._age_marks[0][1] if self._age_marks else None
         front = self._front()
@@ -201,7 +204,7 @@ class Lane:
         return FromMemory(entries, size) if entries else None
 
     def sent_memory(self, part: FromMemory, size: int) -> None:
-        """Record that a part of ``size`` bytes was sent for these entries, which ``next_part`` has just returned."""
+        """Record that a part of ``size`` bytes was sent for what ``next_part`` has just returned."""
         begin = self._here()
         for _ in part.entries:
             self._flown.append(self._waiting.popleft())

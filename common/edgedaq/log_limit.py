@@ -16,7 +16,7 @@ class LogLimit:
         self._count = 0
 
     def note(self, now_ns: int) -> int:
-        """Count an event; return how many there were since the last that was logged, 0 when to say nothing."""
+        """Count an event; return how many there were since the last logged one, 0 when to say nothing."""
         self._count += 1
         if self._next_ns is not None and now_ns < self._next_ns:
             return 0

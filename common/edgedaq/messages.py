@@ -13,7 +13,7 @@ import msgspec
 
 from edgedaq.batch import event_of, raw_messages, to_arrow
 from edgedaq.errors import ConfigError
-from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Frame, Kind
+from edgedaq.frame import FLAG_CONTINUES, FLAG_FIRST, FLAG_PIECE, Frame, Kind
 from edgedaq.schema import OpenInfo, Schema, decode_columns, unpack_rows
 from edgedaq.store_config import DAQJobStoreConfig
 
@@ -118,7 +118,11 @@ class MessageReader:
 
     def _raw(self, frame: Frame, pieces: list[bytes] | None) -> Iterator[bytes]:
         if frame.flags & FLAG_PIECE:
-            held = [*(pieces or []), bytes(frame.body)]
+            if frame.flags & FLAG_FIRST:
+                pieces = []
+            elif pieces is None:
+                return  # its begin was lost
+            held = [*pieces, bytes(frame.body)]
             if frame.flags & FLAG_CONTINUES:
                 self._pieces[frame.stream] = held
             else:

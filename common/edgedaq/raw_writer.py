@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgedaq.errors import JobError
-from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, HEADER_BYTES, Kind, pack_map
+from edgedaq.frame import FLAG_CONTINUES, FLAG_FIRST, FLAG_PIECE, HEADER_BYTES, Kind, pack_map
 from edgedaq.open_frames import FRAME_TARGET_BYTES, Body
 from edgedaq.ring_layout import (
     FORM_RAW,
@@ -49,7 +49,7 @@ class RawWriter(StreamWriter):
         pieces = []
         for at in range(0, size, target):
             is_last = at + target >= size
-            flags = FLAG_PIECE if is_last else FLAG_PIECE | FLAG_CONTINUES
+            flags = FLAG_PIECE | (0 if at else FLAG_FIRST) | (0 if is_last else FLAG_CONTINUES)
             pieces.append(Body(Kind.RAW, (view[at : at + target],), int(is_last), flags))
         fits_at_once = size + len(pieces) * HEADER_BYTES <= half
         at_once = len(pieces) if fits_at_once else half // 2 // target

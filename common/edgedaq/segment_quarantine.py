@@ -1,4 +1,4 @@
-"""What recovery found, and where it keeps damaged bytes for a human: ``*.bad`` files, bounded, never removed."""
+"""What recovery found, and where it keeps damaged bytes for a human: ``*.bad``, bounded, never removed."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ from edgedaq.storage import Storage
 
 __all__ = ["FoundSegment", "Recovered", "RecoveryReport", "recover"]
 
+_COPY_BYTES = 1 << 20
+
 SCAN_BYTES = 4 << 30
 """How much of a log is verified at start, newest first; damage further back is found by whoever reads it."""
 

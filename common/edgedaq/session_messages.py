@@ -13,8 +13,9 @@
       │ REPORT ────────────────────────────────► │  statistics of the node; newest wins, may be lost
       │ BYE ◄──────────────────────────────────► │  why the session ends
 
-What a side does about each is in ``session.py`` of the agent and ``sessions.py`` of the aggregator. Unknown keys of a
-map are ignored, so that a newer minor version may add some; an unknown ``type`` is a ``WireError``.
+What a side does about each is in ``session.py`` of the agent and ``sessions.py`` of the aggregator. Unknown
+keys of a map are ignored, so that a newer minor version may add some; an unknown ``type`` is a
+``WireError``.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=s
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """An uplink asks for a session; ``instance`` is random per process, so that two of one node are told apart."""
+    """An uplink asks for a session; ``instance`` is random per process: it tells two of one node apart."""
 
     protocol_min: U64
     protocol_max: U64
@@ -108,7 +109,7 @@ class Resend(Message, frozen=True, kw_only=True):
 
 
 class Refused(Message, frozen=True, kw_only=True):
-    """A frame is refused for what it is; it is to be replaced by a GAP (an OPEN: the whole stream is dropped).
+    """A frame is refused for what it is; a GAP is to replace it (of an OPEN: the whole stream is dropped).
 
     Its place is ``offset`` bytes behind ``position``; ``stream`` is 0 when nobody can tell whose it is.
     """

@@ -18,13 +18,15 @@ The header of DATA, little-endian, 32 bytes::
         20     4  part_bytes  length of the part
         24     8  check       xxh3-64 of bytes 0 .. 24
 
-Positions count the bytes of parts, from 0 at the start of a session, per lane. The intake takes a part only at the
-position where the part before it ended; everything else it ignores. ACK says up to which position all is durable in
-the journal, and up to which position may be sent, so that a lost or repeated ACK harms nothing. When something is
-wrong with a part the intake stands still at its start and says so (RESEND, REFUSED, UNKNOWN, AHEAD); the uplink goes
-back to that position. Frames that arrive twice are dropped by their identity, never by position.
+Positions count the bytes of parts, from 0 at the start of a session, per lane. The intake takes a part only
+at the position where the part before it ended; everything else it ignores. ACK says up to which position all
+is durable in the journal, and up to which position may be sent, so that a lost or repeated ACK harms
+nothing. When something is wrong with a part the intake stands still at its start and says so (RESEND,
+REFUSED, UNKNOWN, AHEAD); the uplink goes back to that position. Frames that arrive twice are dropped by
+their identity, never by position.
 
-The I/O on the sockets is done by their owners, ``session.py`` of the agent and ``intake.py`` of the aggregator.
+The I/O on the sockets is done by their owners, ``session.py`` of the agent and ``intake.py`` of the
+aggregator.
 """
 
 from __future__ import annotations

@@ -137,8 +137,15 @@ class Hop2:
         )
 
     def uplink(self, *, port: int = 0, node: str = "n1", **config: Any) -> Worker:
-        config = {"aggregator": f"tcp://127.0.0.1:{port or self.port}", "limit": 1 << 30, "reserve": 0, **config}
-        return self._start("uplink", "edgedaq_agent.uplink:Uplink", config, node, self.node_runtime, self.node_state)
+        config = {
+            "aggregator": f"tcp://127.0.0.1:{port or self.port}",
+            "limit": 1 << 30,
+            "reserve": 0,
+            **config,
+        }
+        return self._start(
+            "uplink", "edgedaq_agent.uplink:Uplink", config, node, self.node_runtime, self.node_state
+        )
 
     def job(self, unique_id: str = "putter", *, node: str = "n1", **config: Any) -> Worker:
         ring = {"ring_bytes": 2 << 20}

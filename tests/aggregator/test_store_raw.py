@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Kind
+from edgedaq.frame import FLAG_CONTINUES, FLAG_FIRST, FLAG_PIECE, Kind
 from edgedaq.storage import OsStorage, Storage
 from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.commits import read_commits
@@ -67,7 +67,7 @@ class TestStoreRaw(FileStoreContract):
         feed.open(2, self.config(), form="raw", schema=None)
         whole = [bytes([65 + index]) * 1000 for index in range(6)]
         for index, piece in enumerate(whole):
-            flags = FLAG_PIECE | (FLAG_CONTINUES if index < 5 else 0)
+            flags = FLAG_PIECE | (FLAG_CONTINUES if index < 5 else 0) | (0 if index else FLAG_FIRST)
             feed.put(Kind.RAW, 1, piece, rows=int(index == 5), flags=flags)
             feed.messages(2, [b"-%d-" % index])
         self.feed_all(tmp_path, feed, per_commit=1)
@@ -84,7 +84,7 @@ class TestStoreRaw(FileStoreContract):
         self.feed_all(tmp_path, feed, per_commit=per_commit)
         assert self.data(tmp_path) == b""
         assert self.data(tmp_path, "b.dat") == b"other"
-        feed.pieces(1, [b"ef", b"gh"])
+        feed.pieces(1, [b"ef", b"gh"], has_first=False)
         feed.messages(2, [b"more"])
         self.feed_all(tmp_path, feed, per_commit=per_commit)
         assert self.data(tmp_path) == b"abcdefgh"
@@ -113,7 +113,7 @@ class TestStoreRaw(FileStoreContract):
         feed = self.raw_feed()
         feed.messages(1, [b"before"])
         feed.gap(1, 3, 1, "dropped")
-        feed.pieces(1, [b"of its", b"tail"])
+        feed.pieces(1, [b"of its", b"tail"], has_first=False)
         feed.pieces(1, [b"who", b"le"])
         self.feed_all(tmp_path, feed)
         assert self.data(tmp_path) == b"beforewhole"
@@ -131,7 +131,7 @@ class TestStoreRaw(FileStoreContract):
         for index in range(3):
             feed.pieces(1, [b"%d-ab" % index, b"cd"], has_last=False)
             feed.messages(2, [b"<%d>" % index])
-            feed.pieces(1, [b"ef", b"."])
+            feed.pieces(1, [b"ef", b"."], has_first=False)
         for at in range(200):
             base = tmp_path / str(at)
             try:

@@ -449,8 +449,13 @@ def test_a_log_too_large_to_verify_in_full_starts_from_a_later_checkpoint_with_t
         raws = _fill(log, 300, body_bytes=3000)
         table = log.table.snapshot()
         end = log.end
-    options = {"resends": True, "segment_bytes": SEGMENT_BYTES}
-    found = recover(QuickStorage(), tmp_path / "log", scan_bytes=4 * SEGMENT_BYTES, **options)
+    found = recover(
+        QuickStorage(),
+        tmp_path / "log",
+        resends=True,
+        segment_bytes=SEGMENT_BYTES,
+        scan_bytes=4 * SEGMENT_BYTES,
+    )
     assert 0 < found.report.kept_records < 50
     assert found.report.holes == []
     assert found.table.snapshot() == table

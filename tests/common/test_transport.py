@@ -32,9 +32,7 @@ from hypothesis import strategies as st
 U64 = st.integers(0, 2**64 - 1)
 U32 = st.integers(0, 2**32 - 1)
 U8 = st.integers(0, 255)
-HELLO = Hello(
-    protocol_min=1, protocol_max=1, version="1", node="n1", boot="b", instance="00", lanes=["data"]
-)
+HELLO = Hello(protocol_min=1, protocol_max=1, version="1", node="n1", boot="b", instance="00", lanes=["data"])
 UPLINK = [
     HELLO,
     Ping(t_mono_ns=1, t_utc_ns=-2, offset_ns=None, error_ns=3),
@@ -64,7 +62,9 @@ def test_a_data_header_says_what_was_packed(lane, flags, position, count, size):
 
 def test_the_bytes_of_a_data_header_are_those_of_the_drawing():
     packed = pack_data_header(1, FLAG_REPLAY, 0x0807060504030201, 0x0C0B0A09, 0x1D1C1B1A)
-    assert packed[:24] == b"EDS\x01\x01\x01\0\0" + bytes([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 26, 27, 28, 29])
+    assert packed[:24] == b"EDS\x01\x01\x01\0\0" + bytes(
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 26, 27, 28, 29]
+    )
 
 
 def test_a_data_header_cut_or_flipped_anywhere_is_refused():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from edgedaq.delivery import StreamTable, Verdict
-from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Frame, Kind, decode, encode, pack_map
+from edgedaq.frame import FLAG_CONTINUES, FLAG_FIRST, FLAG_PIECE, Frame, Kind, decode, encode, pack_map
 from edgedaq.schema import Column, OpenInfo, Schema, encode_columns, encode_open, pack_rows, to_columns
 from edgedaq.segment_format import Hole, Record
 
@@ -79,10 +79,13 @@ class Feed:
         body = ends + b"".join(messages)
         return self.put(Kind.RAW, stream, body, rows=len(messages), t_first_ns=t_ns)
 
-    def pieces(self, stream: int, pieces: Sequence[bytes], *, has_last: bool = True) -> None:
+    def pieces(
+        self, stream: int, pieces: Sequence[bytes], *, has_first: bool = True, has_last: bool = True
+    ) -> None:
         for index, piece in enumerate(pieces):
             is_last = has_last and index == len(pieces) - 1
-            flags = FLAG_PIECE | (0 if is_last else FLAG_CONTINUES)
+            is_first = has_first and index == 0
+            flags = FLAG_PIECE | (FLAG_FIRST if is_first else 0) | (0 if is_last else FLAG_CONTINUES)
             self.put(Kind.RAW, stream, piece, rows=int(is_last), flags=flags, t_first_ns=T0_NS)
 
     def gap(self, stream: int, frames: int, rows: int | None, reason: str) -> None:

@@ -136,9 +136,7 @@ class Delivery(RuleBasedStateMachine):
         for stream in self.ring.opens:
             if decode(memoryview(self.put[stream][-1])).kind is not Kind.CLOSE:
                 body = pack_map({"rows": self.rows[stream], "tail_unknown": False, "bound_s": 0.0})
-                raw = encode(
-                    Kind.CLOSE, stream, len(self.put[stream]), body, row0=self.rows[stream]
-                )
+                raw = encode(Kind.CLOSE, stream, len(self.put[stream]), body, row0=self.rows[stream])
                 self.put[stream].append(raw)
                 self.ring.put(raw)
         self.closed_rings.append(self.ring)

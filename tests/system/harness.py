@@ -166,7 +166,8 @@ class Side:
         for pid in (self.process.pid, *(worker.pid for worker in workers)):
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        psutil.wait_procs(workers, 5.0)
+        self._process = None
+        self.wait(lambda: all(_has_ended(worker) for worker in workers), 5.0, "all workers are dead")
 
     def stop(self, number: int = signal.SIGTERM, *, expected_status: int = 0) -> float:
         """Stop the supervisor in order; return how long it took, which the promise limits."""
@@ -331,6 +332,14 @@ class Site:
         lines = [f'daq_job_type = "{_WITNESS}"', f'form = "{form}"', f'witness_dir = "{self.witness_dir}"']
         lines += [f"{key} = {value!r}" for key, value in settings.items()]
         (self.agent_dir / f"{name}.toml").write_text("\n".join(lines) + f"\n{_QUICK}{store}")
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Tell whether a process is dead; who reaps an orphan may take a while to do so."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _is_settled(row: LedgerRow) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 from edgedaq.delivery import StreamState, StreamTable, Verdict, gap_of
 from edgedaq.errors import WireError
-from edgedaq.frame import DATA_KINDS, FLAG_PIECE, Frame, Kind, decode, unpack_map
+from edgedaq.frame import DATA_KINDS, FLAG_FIRST, FLAG_PIECE, Frame, Kind, decode, unpack_map
 from edgedaq.open_info import OpenInfo, decode_open
 from edgedaq.segment_format import Hole, Record
 from edgedaq.segment_gaps import bridge
@@ -226,7 +226,7 @@ class StoreEngine:
         info, before_ns = self._infos[stream], state.t_last_ns
         first, last, rows, reason = frame.seq, frame.seq, None, ""
         gap_rows = state.gap_rows
-        self._interrupt(stream, f"its pieces end in a {kind.name}", is_loss=kind is Kind.GAP)
+        self._interrupt(stream, f"its pieces end in a {kind.name}")
         try:
             if kind is Kind.GAP:
                 first = max(frame.seq, state.next_seq)
@@ -255,6 +255,8 @@ class StoreEngine:
         self._mark(Mark(info, stream, kind.name.lower(), before_ns, first, last, rows, reason))
 
     def _take_piece(self, frame: Frame, state: StreamState, position: int) -> None:
+        if frame.flags & FLAG_FIRST:
+            self._interrupt(frame.stream, "another message begins in its middle")
         before = replace(state)
         self.table.apply(frame)
         whole = self._pieces.add(frame, before, position)
@@ -263,9 +265,9 @@ class StoreEngine:
         elif whole:
             self._gather(frame.stream, whole)
 
-    def _interrupt(self, stream: int, reason: str, *, is_loss: bool = False) -> None:
+    def _interrupt(self, stream: int, reason: str) -> None:
         """Drop a message that will not be whole. It counts no row: only a last piece does."""
-        dropped = self._pieces.interrupt(stream, is_loss=is_loss)
+        dropped = self._pieces.interrupt(stream)
         if dropped is None:
             return
         first, size_bytes = dropped
@@ -278,7 +280,7 @@ class StoreEngine:
         """Write down that frames are missing here, and go on behind them."""
         stream = state.stream
         reason = "missing in the journal"
-        self._interrupt(stream, reason, is_loss=True)
+        self._interrupt(stream, reason)
         rows = frame.row0 - state.next_row if frame.row0 >= state.next_row else None
         info, before_ns, first = self._infos[stream], state.t_last_ns, state.next_seq
         self._mark(Mark(info, stream, "gap", before_ns, first, frame.seq - 1, rows, reason))

@@ -1,11 +1,7 @@
 """RAW messages larger than a frame: their pieces are held until the last one has come.
 
-Per stream a message is *none*, *held* (its first piece came) or *headless* (pieces may be missing before the
-next one, and nothing tells whether that is a first one)::
-
-    none      piece that continues ─► held       last piece ─► none, a whole message held      piece that
-    continues ─► held       last piece ─► none, a whole message       loss, other frame ─► none headless
-    piece that continues ─► headless   last piece ─► none, a message is lost     other frame ─► none
+Per stream a message is *none* or *held* (its first piece came). A piece that is not the first one and finds
+none held is the tail of a message whose begin was lost: it is passed, and told of with its last piece.
 
 A held message keeps the commit position before its first piece, and its stream's account as it was then.
 """
@@ -15,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from edgedaq.delivery import StreamState
-from edgedaq.frame import FLAG_CONTINUES, Frame
+from edgedaq.frame import FLAG_CONTINUES, FLAG_FIRST, Frame
 
 __all__ = ["MESSAGE_BYTES_MAX", "Pieces"]
 
@@ -36,7 +32,6 @@ class Pieces:
 
     def __init__(self) -> None:
         self._held: dict[int, _Message] = {}
-        self._headless: set[int] = set()
 
     def position(self, consumed: int | None) -> int | None:
         """Return up to where everything is complete, given up to where it is consumed."""
@@ -63,11 +58,8 @@ class Pieces:
         """
         stream = frame.stream
         is_last = not frame.flags & FLAG_CONTINUES
-        if stream in self._headless:
-            if not is_last:
-                return []
-            self._headless.discard(stream)
-            return "the begin of this message may be in the gap before it"
+        if not frame.flags & FLAG_FIRST and stream not in self._held:
+            return "the begin of this message is missing" if is_last else []
         message = self._held.setdefault(stream, _Message(before, position))
         message.size_bytes += len(frame.body)
         if message.size_bytes > MESSAGE_BYTES_MAX:
@@ -79,16 +71,7 @@ class Pieces:
         del self._held[stream]
         return message.frames or f"a message must have at most {MESSAGE_BYTES_MAX} bytes"
 
-    def interrupt(self, stream: int, *, is_loss: bool = False) -> tuple[int, int] | None:
-        """Drop a held message, because something else came; return its first seq and its size so far.
-
-        Args:
-            is_loss: Frames are missing here: the next piece may be of a message of which the begin is among
-            them.
-        """
+    def interrupt(self, stream: int) -> tuple[int, int] | None:
+        """Drop a held message, because something else came; return its first seq and its size so far."""
         message = self._held.pop(stream, None)
-        if is_loss:
-            self._headless.add(stream)
-        else:
-            self._headless.discard(stream)
         return None if message is None else (message.before.next_seq, message.size_bytes)

@@ -1,0 +1,140 @@
+"""Problems that the intake told, from when they arrive until the frames they are about were sent corrected.
+
+The state around ``Repair``: how long to look at every frame, when a position is hopeless, what is counted
+and logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from edgedaq.bad_files import BadFiles
+from edgedaq.errors import WireError
+from edgedaq.frame import Frame, decode, length_at
+from edgedaq.lane import Entry
+from edgedaq.log_limit import LogLimit
+from edgedaq.logsetup import get_logger
+from edgedaq.session_messages import Ahead, Refused, Resend, Unknown
+from edgedaq.transport import PART_BYTES
+
+from edgedaq_agent.repair import OpenFinder, Repair
+
+__all__ = ["Corrector", "Problem"]
+
+Problem = Resend | Refused | Unknown | Ahead
+
+_STUCK_MAX = 20
+
+
+class Corrector:
+    """Corrects the frames of one lane. Used by one thread.
+
+    Args:
+        bad: Takes what is set aside.
+        find_open: Returns the OPEN of a stream from wherever there is one.
+    """
+
+    def __init__(self, bad: BadFiles, find_open: OpenFinder) -> None:
+        self.counts = {"Refused": 0, "Resend": 0, "Unknown": 0, "Ahead": 0}
+        self._bad = bad
+        self._find_open = find_open
+        self._repair = Repair()
+        self._until = 0
+        self._refused_at: tuple[int, int] | None = None
+        self._stuck = (-1, 0)
+        self._limit = LogLimit()
+        self._log = get_logger()
+
+    @property
+    def is_needed(self) -> bool:
+        """Frames must go through ``correct`` before they are sent."""
+        return self._repair.is_needed
+
+    def begin_session(self) -> None:
+        """Forget what an earlier session told."""
+        self._repair.forget()
+        self._refused_at = None
+
+    def note(self, problem: Problem, sent: int, now_ns: int) -> bool:
+        """Take a problem; False when there were so many at one position that the session should end.
+
+        Args:
+            sent: Position up to which the session had sent before it went back.
+        """
+        name = type(problem).__name__
+        self.counts[name] += 1
+        count = self._limit.note(now_ns)
+        if count:
+            self._log.warning("part.returned", problem=name, count=count, **_facts(problem))
+        times = self._stuck[1] + 1 if self._stuck[0] == problem.position else 1
+        self._stuck = (problem.position, times)
+        if times > _STUCK_MAX:
+            self._stuck = (-1, 0)
+            return False
+        self._until = max(self._until, sent + PART_BYTES) if self.is_needed else sent + PART_BYTES
+        if isinstance(problem, Resend):
+            self._repair.check_all()
+            return True
+        if isinstance(problem, Refused) and problem.stream == 0:
+            self._refused_at = (problem.position, problem.offset)
+        self._repair.note(problem)
+        return True
+
+    def passed(self, position: int) -> None:
+        """Tell how far the session has sent: behind all problems, corrections are forgotten."""
+        if position >= self._until:
+            self._repair.forget()
+
+    def whole_frames(self, entries: Iterable[Entry]) -> list[Frame]:
+        """Return the frames of entries; what was damaged here is set aside."""
+        return [frame for entry in entries for frame in whole_frames(entry.frames, self._bad)]
+
+    def correct(self, frames: Sequence[Frame], position: int) -> list[bytes | memoryview]:
+        """Return what to send for frames at a position of the session."""
+        if self._refused_at is not None and self._refused_at[0] == position:
+            offset = self._refused_at[1]
+            for frame in frames:
+                if offset == 0:
+                    self._repair.refuse(frame, "frame")
+                offset -= len(frame.raw)
+            self._refused_at = None
+        chunks, aside = self._repair.apply(frames, self._find_open)
+        for frame, reason in aside:
+            self._bad.add(frame.stream, frame.seq, reason, frame.raw)
+        return chunks
+
+
+def whole_frames(buffer: memoryview, bad: BadFiles) -> list[Frame]:
+    """Return the frames that lie back to back in a buffer; what is damaged is set aside.
+
+    Behind a frame whose length cannot be told, the rest goes with it.
+    """
+    frames: list[Frame] = []
+    position, end = 0, len(buffer)
+    while position < end:
+        try:
+            frame = decode(buffer, position)
+        except WireError as e:
+            length = end - position
+            with contextlib.suppress(WireError):
+                length = min(length_at(buffer, position), length)
+            bad.add(0, 0, str(e), buffer[position : position + length])
+            position += length
+            continue
+        frames.append(frame)
+        position += len(frame.raw)
+    return frames
+
+
+def _facts(problem: Problem) -> dict[str, Any]:
+    facts: dict[str, Any] = {"position": problem.position}
+    if isinstance(problem, Resend):
+        return facts | {"reason": problem.text}
+    facts["stream"] = f"{problem.stream:016x}"
+    if isinstance(problem, Refused):
+        return facts | {"seq": problem.seq, "reason": f"{problem.code}: {problem.text}"}
+    if isinstance(problem, Ahead):
+        return facts | {"seq": problem.seq, "reason": f"expected seq {problem.expected}"}
+    return facts | {"reason": "its OPEN is not known there"}

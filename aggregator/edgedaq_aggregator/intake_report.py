@@ -1,0 +1,51 @@
+"""What the intake reports of itself, once a second, as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgedaq.delivery import StreamTable
+
+from edgedaq_aggregator.journal import Journal
+from edgedaq_aggregator.judging import StreamOwners
+
+__all__ = ["journal_facts", "stream_accounts"]
+
+_OPEN_MAX = 2000
+_ENDED_MAX = 256
+
+
+def stream_accounts(table: StreamTable, owners: StreamOwners) -> dict[str, list[Any]]:
+    """Return the accounts of the newest streams, by stream id in hex.
+
+    Each is ``[node, job, next seq, rows, rows in gaps, gaps of unknown size, closed, stores]``.
+    """
+    accounts: dict[str, list[Any]] = {}
+    ended = list(table.tombstones.items())[-_ENDED_MAX:]
+    for stream, state in [*ended, *list(table.streams.items())[-_OPEN_MAX:]]:
+        facts = owners.facts.get(stream)
+        if facts is not None:
+            accounts[f"{stream:016x}"] = [
+                facts.node,
+                facts.job,
+                state.next_seq,
+                state.rows,
+                state.gap_rows,
+                state.gaps_unknown,
+                state.closed,
+                list(facts.stores),
+            ]
+    return accounts
+
+
+def journal_facts(journal: Journal, problem: str) -> dict[str, Any]:
+    """Return the state of the journal; ``problem`` says why it takes nothing, if so."""
+    return {
+        "begin": journal.begin,
+        "end": journal.end,
+        "durable": journal.durable,
+        "used_bytes": journal.used_bytes,
+        "disk_bytes": journal.disk_bytes,
+        "stores": journal.stores,
+        "problem": problem,
+    }
