@@ -26,6 +26,7 @@ from edgedaq.frame import MAX_FRAME_BYTES
 from edgedaq.job import DAQJob
 from edgedaq.job_context import JobContext
 from edgedaq.main_config import version
+from edgedaq.memory import keep_large_blocks
 from edgedaq.session_messages import PROTOCOL_VERSION, Hello
 from edgedaq.transport import check_address
 
@@ -66,6 +67,7 @@ class Uplink(DAQJob):
 
     def start(self) -> None:
         """Carry until stopped; then everything is acknowledged, or durable in the spool."""
+        keep_large_blocks()
         spec, config = self.context.spec, self.config
         hello = Hello(
             protocol_min=PROTOCOL_VERSION,

@@ -15,6 +15,7 @@ from edgedaq.config import Bytes, DAQJobConfig
 from edgedaq.job import DAQJob
 from edgedaq.job_context import JobContext
 from edgedaq.main_config import version
+from edgedaq.memory import keep_large_blocks
 from edgedaq.transport import check_address
 
 from edgedaq_aggregator.journal import Journal
@@ -64,6 +65,7 @@ class Intake(DAQJob):
             StoreError: The journal cannot be opened, or the address not be listened on; trying again may
             help.
         """
+        keep_large_blocks()
         config = self.config
         context: zmq.Context[Any] = zmq.Context.instance()
         with Journal(

@@ -109,12 +109,14 @@ class StreamTable:
         state = self.streams[frame.stream]
         if frame.kind is Kind.GAP:
             last, rows, _ = gap_of(frame)
+            # A GAP that begins before next also covers rows that were kept; those are not lost.
+            kept_rows = max(state.next_row - frame.row0, 0) if frame.seq < state.next_seq else 0
             state.gap_frames += last + 1 - state.next_seq
             state.next_seq = last + 1
             if rows is None:
                 state.gaps_unknown += 1
             else:
-                state.gap_rows += rows
+                state.gap_rows += max(rows - kept_rows, 0)
                 state.next_row = frame.row0 + rows
             return state
         if frame.kind is Kind.CLOSE:

@@ -8,7 +8,7 @@ Little-endian, aligned to 8 bytes::
         11     1  version       1; a reader refuses another major version by name
         12     1  kind          Kind
         13     1  flags         FLAG_PIECE: a piece of one RAW message, without a table of lengths;
-                                FLAG_FIRST: its first one; FLAG_CONTINUES: it goes on in the next frame of the stream
+                                FLAG_FIRST: its first one; FLAG_CONTINUES: more come in the next frames
         14     2  reserved      0; a newer minor version may use it, a reader ignores it
         16     4  body_bytes    without padding
         20     4  rows          rows of a table, messages of RAW (of pieces only the last one counts 1)

@@ -54,7 +54,11 @@ def configure(
     if as_json:
         renderer = structlog.processors.JSONRenderer(sort_keys=False, default=str)
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24)
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(),
+            pad_event_to=24,
+            exception_formatter=structlog.dev.plain_traceback,  # whole paths, also where rich is installed
+        )
     bound = dict(facts or {})
 
     def add_facts(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

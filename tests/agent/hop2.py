@@ -1,9 +1,8 @@
-"""Uplink, intake and producing jobs as the real worker processes that they are, without supervisors around them."""
+"""Uplink, intake and producing jobs as the real worker processes, without supervisors around them."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -37,8 +36,9 @@ class Putter(DAQJob):
     config_type = Config
 
     def start(self):
+        topics = ("store." + self.config.store,)
         for number in range(self.config.count):
-            self.put_raw(struct.pack("<Q", number).ljust(self.config.size, b"."), topics=("store." + self.config.store,))
+            self.put_raw(struct.pack("<Q", number).ljust(self.config.size, b"."), topics=topics)
             if self.config.rate_hz:
                 self.sleep(1 / self.config.rate_hz)
 """
@@ -68,7 +68,8 @@ class Worker:
     @property
     def extra(self) -> dict[str, Any]:
         self.listen()
-        return self.snapshot.get("extra", {})
+        extra: dict[str, Any] = self.snapshot.get("extra", {})
+        return extra
 
     def listen(self) -> None:
         try:
@@ -103,7 +104,7 @@ class Worker:
 
 
 class Hop2:
-    """Directories of one node and one aggregator, and the processes that were started in them. A context manager."""
+    """Directories of one node and one aggregator, and the processes started in them. A context manager."""
 
     def __init__(self, runtime_dir: Path, tmp_path: Path) -> None:
         self.node_runtime, self.hub_runtime = runtime_dir / "n", runtime_dir / "a"
@@ -245,4 +246,4 @@ def wait_for(what: Callable[[], Any], limit_s: float = 15.0) -> Any:
 
 
 def rings_of(hop: Hop2) -> list[str]:
-    return [name for name in os.listdir(hop.node_runtime / "rings") if name.endswith(".ring")]
+    return [path.name for path in (hop.node_runtime / "rings").glob("*.ring")]

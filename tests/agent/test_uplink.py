@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from edgedaq.segment_reader import SegmentReader
+
 from tests.agent.hop2 import Hop2, rings_of, wait_for
 from tests.system.proxy import Proxy
 
@@ -55,7 +58,7 @@ def test_what_a_job_puts_is_in_the_journal_once_and_its_ring_is_gone(hop):
     check_all(hop, 3000)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_nothing_is_lost_or_twice_when_uplink_and_intake_are_killed_again_and_again(hop, seed):
     chance = random.Random(seed)
     intake, uplink = hop.intake(), hop.uplink(spool_after=0.05)
@@ -154,6 +157,38 @@ def test_an_uplink_whose_supervisor_has_gone_saves_everything_and_ends(hop):
     check_all(hop, 500)
 
 
+def test_a_stream_that_is_refused_is_set_aside_and_holds_up_nobody(hop):
+    intake, uplink = hop.intake(), hop.uplink()
+    wait_for(lambda: uplink.extra.get("link") == "up")
+    assert hop.job("stranger", node="other", count=50).wait() == 0
+    assert hop.job(count=500).wait() == 0
+    wait_until_delivered(hop, uplink)
+    assert uplink.extra["set_aside"] >= 2
+    assert list((hop.node_state / "bad").glob("*.bad"))
+    assert hop.logged("frame.set_aside")
+    assert uplink.stop() == 0
+    assert intake.stop() == 0
+    check_all(hop, 500)
+
+
+def test_a_journal_that_was_lost_with_its_disk_gets_gaps_for_what_nobody_has_and_then_the_rest(hop):
+    intake, uplink = hop.intake(), hop.uplink()
+    job = hop.job(count=400, rate_hz=200)
+    wait_for(lambda: intake.extra["nodes"]["n1"]["in_rows"] > 50)
+    intake.kill()
+    shutil.rmtree(hop.hub_state / "journal")
+    intake = hop.intake()
+    assert job.wait() == 0
+    wait_until_delivered(hop, uplink)
+    assert uplink.extra["ahead"] >= 1
+    assert uplink.stop() == 0
+    assert intake.stop() == 0
+    (numbers,) = hop.numbers().values()
+    lost = -numbers[0]
+    assert 50 <= lost < 400
+    assert numbers[1:] == list(range(lost, 400))
+
+
 def test_a_report_of_the_node_reaches_the_supervisor_of_the_aggregator(hop):
     intake, uplink = hop.intake(), hop.uplink()
     wait_for(lambda: uplink.extra.get("link") == "up")
@@ -174,14 +209,13 @@ def test_a_quiet_uplink_uses_next_to_no_processor(hop):
     intake, uplink = hop.intake(), hop.uplink()
     wait_for(lambda: uplink.extra.get("link") == "up")
     used = [_cpu_s(worker.process.pid) for worker in (uplink, intake)]
-    time.sleep(2)
+    time.sleep(1)
     for before, worker in zip(used, (uplink, intake), strict=True):
-        assert _cpu_s(worker.process.pid) - before < 0.1
+        assert _cpu_s(worker.process.pid) - before < 0.06
     assert uplink.stop() == 0
     assert intake.stop() == 0
 
 
 def _cpu_s(pid):
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        fields = file.read().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

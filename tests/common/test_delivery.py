@@ -95,7 +95,8 @@ def test_a_gap_that_does_not_say_what_is_lost_is_refused(body):
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 6)), max_size=40))
 def test_whatever_comes_each_stream_is_applied_in_order_without_hole_or_repetition(arrivals):
-    table, kept = StreamTable(), {}
+    table = StreamTable()
+    kept: dict[int, list[int]] = {}
     for stream, seq in arrivals:
         arrived = frame(Kind.RAW if seq else Kind.OPEN, seq, stream=stream, rows=1 if seq else 0)
         if table.judge(arrived) is Verdict.ACCEPT:

@@ -128,13 +128,14 @@ def test_garbled_messages_raise_wire_errors_and_nothing_else(raw, data):
 
 
 def test_values_outside_their_limits_are_refused():
-    for bad in (
+    wrong: list[dict[str, object]] = [
         {"node": "x" * 65},
         {"lanes": []},
         {"lanes": ["data"] * 17},
         {"protocol_min": -1},
         {"node": 7},
-    ):
+    ]
+    for bad in wrong:
         with pytest.raises(WireError):
             decode_from_uplink(_hello_with(bad))
 
@@ -174,7 +175,7 @@ def test_backoff_lies_within_its_limits_and_spreads(attempt, chance):
     ],
 )
 def test_an_address_that_another_machine_could_reach_or_that_is_none_is_refused_with_words(address, words):
-    with pytest.raises(ConfigError, match="agent.toml: aggregator") as caught:
+    with pytest.raises(ConfigError, match=r"agent\.toml: aggregator") as caught:
         check_address("agent.toml: aggregator", address)
     assert words in str(caught.value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,37 +15,9 @@ from pathlib import Path
 import pytest
 from edgedaq.clock import utc_ns
 
-from tests.system.harness import environment
+from tests.system.harness import ROOT, environment
 
-# The example of the seed; its imports are changed, and the ellipsis in it is filled in.
-JOB = """
-import time
-
-from edgedaq import DAQJob, DAQJobConfig, DAQJobMessageStoreTabular, DAQJobStoreConfig
-from edgedaq.store_config import DAQJobStoreConfigCSV
-
-
-class MyJobConfig(DAQJobConfig):
-    my_setting: str
-    interval_seconds: float = 1.0
-
-
-class DAQJobMyJob(DAQJob):
-    config_type = MyJobConfig
-    config: MyJobConfig
-
-    def start(self):
-        while True:
-            # Produce and route data
-            self._put_message_out(
-                DAQJobMessageStoreTabular(
-                    store_config=DAQJobStoreConfig(csv=DAQJobStoreConfigCSV(file_path="my_job.csv")),
-                    keys=["timestamp", "value"],
-                    data=[[time.time(), 42.0]],
-                )
-            )
-            time.sleep(self.config.interval_seconds)
-"""
+EXAMPLES = ROOT / "configs" / "examples"
 SENSOR = """
 from edgedaq import DAQJob, StorableDAQJobConfig
 
@@ -126,15 +99,26 @@ def standalone(tmp_path: Path):
 
 
 def test_the_seeds_job_and_a_store_in_one_directory_run_with_one_command(standalone: Standalone):
-    (standalone.config_dir / "my_job.py").write_text(JOB)
-    (standalone.config_dir / "my_job.toml").write_text(
-        'daq_job_type = "my_job.py:DAQJobMyJob"\nmy_setting = "x"\ninterval_seconds = 0.05\n'
-    )
+    for name in ("my_sensor.py", "my_job.toml"):
+        text = (EXAMPLES / name).read_text().replace("interval_seconds = 1.0", "interval_seconds = 0.05")
+        (standalone.config_dir / name).write_text(text)
     standalone.start()
     standalone.wait_rows("my_job.csv", 10)
     standalone.stop()
     assert {float(row["value"]) for row in standalone.rows("my_job.csv")} == {42.0}
     assert abs(float(standalone.rows("my_job.csv")[-1]["timestamp"]) - utc_ns() / 1e9) < 60
+
+
+def test_the_files_that_the_readme_shows_run_as_they_stand(standalone: Standalone):
+    shown = re.findall(
+        r"`([a-z_]+\.(?:py|toml))`:\n```[a-z]+\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert {name for name, _ in shown} == {"my_sensor.py", "my_sensor.toml", "store_csv.toml"}
+    for name, text in shown:
+        (standalone.config_dir / name).write_text(text)
+    standalone.start()
+    standalone.wait_rows("????-??-??_sensor_data.csv", 2)
+    standalone.stop()
 
 
 def test_the_seeds_sensor_file_says_where_its_data_goes_and_a_second_run_continues(standalone: Standalone):
