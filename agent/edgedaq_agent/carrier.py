@@ -147,6 +147,7 @@ class Carrier:
             self._session_number = self._session.number
             self._lane.begin_session()
             self._corrector.begin_session()
+            self._session.sent = 0
         self._fill_spool(now_ns)
         self._send(now_ns)
         if now_ns >= self._save_ns:
@@ -210,7 +211,9 @@ class Carrier:
             sent = lane.sent
             if not lane.go_back(message.position):
                 self._session.end("protocol", f"no part began at {message.position}", now_ns)
-            elif not self._corrector.note(message, sent, now_ns):
+                return
+            self._session.sent = lane.sent
+            if not self._corrector.note(message, sent, now_ns):
                 text = "too many problems at one position"
                 self._session.end("stuck", text, now_ns, retry_after_s=_STUCK_WAIT_S)
 
@@ -306,6 +309,7 @@ class Carrier:
             lane.sent_spool(upto, size)
         else:
             lane.sent_memory(part, size)
+        self._session.sent = lane.sent
         return True
 
     def _find_open(self, stream: int) -> bytes | None:

@@ -87,6 +87,8 @@ class Session:
         self.begun_ns = 0
         self.credit = 0
         """Position up to which may be sent; raised by ACKs, by the owner."""
+        self.sent: int | None = None
+        """Position up to which this session has sent, kept by the owner; told with each PING."""
         self._hello = hello
         self._context = context
         self._socket: zmq.Socket[bytes] | None = None
@@ -231,6 +233,7 @@ class Session:
         self.number += 1
         self.begun_ns = now_ns
         self.credit = welcome.credit
+        self.sent = None
         self.reason = ""
         self._log.info("session.begun", protocol=welcome.protocol, version=welcome.version)
         self._ping(now_ns)
@@ -267,7 +270,15 @@ class Session:
         best = self._clock.best(now_ns)
         offset_ns, error_ns = best if best is not None else (None, None)
         self._ping_ns = now_ns
-        self.send(Ping(t_mono_ns=mono_ns(), t_utc_ns=utc_ns(), offset_ns=offset_ns, error_ns=error_ns))
+        self.send(
+            Ping(
+                t_mono_ns=mono_ns(),
+                t_utc_ns=utc_ns(),
+                sent=[] if self.sent is None else [self.sent],
+                offset_ns=offset_ns,
+                error_ns=error_ns,
+            )
+        )
 
     def _lose(self, reason: str, now_ns: int, retry_after_s: float = 0.0) -> None:
         if self.state is SessionState.WAITING:

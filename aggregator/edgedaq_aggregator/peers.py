@@ -23,6 +23,7 @@ from edgedaq.session_messages import (
     Pong,
     Reject,
     Report,
+    Resend,
     Welcome,
     decode_from_uplink,
     encode_message,
@@ -31,7 +32,7 @@ from edgedaq.transport import MAX_PART_BYTES, SILENCE_LIMIT_S
 
 from edgedaq_aggregator.nodes import NODES_MAX, NodeCounts
 from edgedaq_aggregator.router import Router
-from edgedaq_aggregator.sessions import IntakeLane, Session, Sessions, check_hello
+from edgedaq_aggregator.sessions import Check, IntakeLane, Session, Sessions, check_hello
 
 __all__ = ["Peers"]
 
@@ -189,6 +190,14 @@ class Peers:
             sent_utc_ns=utc_ns(),
         )
         self.send(session, pong, keep=False)
+        for lane, sent in zip(session.lanes, ping.sent, strict=False):
+            check = lane.check(sent)
+            if check is Check.LOST:
+                self.end(session, "protocol", f"sent up to {sent}, received up to {lane.taken}")
+                return
+            if check is Check.TELL_AGAIN:
+                text = "waiting for it"
+                self.send(session, Resend(lane=lane.number, position=lane.taken, text=text))
 
     def _send(self, session: Session, raw: bytes) -> bool:
         try:

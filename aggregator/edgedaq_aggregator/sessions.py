@@ -23,7 +23,7 @@ from edgedaq.session_messages import PROTOCOL_VERSION as VERSION
 from edgedaq.session_messages import Ack, Hello, Reject
 from edgedaq.transport import DataHeader
 
-__all__ = ["NODES_MAX", "IntakeLane", "Pending", "Session", "Sessions", "Take", "check_hello"]
+__all__ = ["NODES_MAX", "Check", "IntakeLane", "Pending", "Session", "Sessions", "Take", "check_hello"]
 
 NODES_MAX = 1024
 """Sessions at a time."""
@@ -39,6 +39,14 @@ class Take(enum.Enum):
     JUDGE = "judge"
     IGNORE = "ignore"
     VIOLATION = "violation"
+
+
+class Check(enum.Enum):
+    """What a PING's position shows."""
+
+    FINE = "fine"
+    LOST = "lost"
+    TELL_AGAIN = "tell again"
 
 
 class Pending(NamedTuple):
@@ -61,6 +69,7 @@ class IntakeLane:
     waits_for_room: bool = False
     told: tuple[int, int] = (-1, -1)
     pending: deque[Pending] = field(default_factory=deque)
+    doubted_at: int = -1
 
     @property
     def credit(self) -> int:
@@ -88,6 +97,22 @@ class IntakeLane:
             last = self.pending.pop()
             samples = [*last.samples, *samples]
         self.pending.append(Pending(journal_end, self.taken, samples))
+
+    def check(self, sent: int) -> Check:
+        """Compare with how far the peer says it had sent before, in the same connection.
+
+        If these differ for good, the session would wait for ever.``TELL_AGAIN``: it still has not
+        gone back to where this lane stands since the last time.
+        """
+        if sent == self.taken or self.waits_for_room:
+            self.doubted_at = -1
+            return Check.FINE
+        if not self.stands_still:
+            return Check.LOST
+        if self.doubted_at == self.taken:
+            return Check.TELL_AGAIN
+        self.doubted_at = self.taken
+        return Check.FINE
 
     def stand_still(self, *, for_room: bool = False) -> None:
         """Take nothing until a part begins at ``taken`` again."""

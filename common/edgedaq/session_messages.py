@@ -146,10 +146,14 @@ class Ahead(Message, frozen=True, kw_only=True):
 
 
 class Ping(Message, frozen=True, kw_only=True):
-    """Times are the sender's; the offset is aggregator minus node, None while not measured."""
+    """Times are the sender's; the offset is aggregator minus node, None while not measured.
+
+    ``sent`` is how far each lane had sent before; empty when not told. It shows the intake what got lost.
+    """
 
     t_mono_ns: U64
     t_utc_ns: int
+    sent: Annotated[list[U64], msgspec.Meta(max_length=16)] = []
     offset_ns: int | None = None
     error_ns: int | None = None
 

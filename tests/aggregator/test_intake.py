@@ -326,6 +326,15 @@ def test_a_ping_is_answered_with_its_own_times_and_utc(intake, talk):
     assert before <= pong.received_utc_ns <= pong.sent_utc_ns <= time.time_ns()
 
 
+def test_a_session_in_which_a_part_got_lost_ends_instead_of_waiting_for_ever(intake, talk):
+    talker = talk()
+    talker.send(open_frame(7))
+    talker.say(Ping(t_mono_ns=1, t_utc_ns=1, sent=[talker.sent]))
+    talker.wait_ack(talker.sent)
+    talker.say(Ping(t_mono_ns=1, t_utc_ns=1, sent=[talker.sent + 100]))
+    assert talker.hear(Bye).code == "protocol"
+
+
 def test_a_silent_session_ends(intake, talk):
     talk()
     wait_for(lambda: intake.extra["nodes"]["n1"]["connected"])

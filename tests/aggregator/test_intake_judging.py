@@ -12,7 +12,7 @@ from edgedaq.stats import QuantileSketch
 from edgedaq.transport import DataHeader
 from edgedaq_aggregator.judging import STREAMS_PER_NODE_MAX, StreamOwners, judge_part
 from edgedaq_aggregator.nodes import NodeCounts
-from edgedaq_aggregator.sessions import IntakeLane, Take
+from edgedaq_aggregator.sessions import Check, IntakeLane, Take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +131,19 @@ def test_while_it_stands_still_only_the_position_it_stands_at_is_taken():
     assert lane.take(header(100, 10)) is Take.IGNORE
     assert lane.take(header(0, 10)) is Take.JUDGE
     assert lane.take(header(100, 10)) is Take.VIOLATION
+
+
+def test_what_a_ping_says_was_sent_shows_a_loss_and_a_peer_that_did_not_go_back():
+    lane = IntakeLane(0, 1000)
+    lane.keep(100, 5000, [])
+    assert lane.check(100) is Check.FINE
+    assert lane.check(200) is Check.LOST
+    lane.stand_still()
+    assert [lane.check(200) for _ in range(3)] == [Check.FINE, Check.TELL_AGAIN, Check.TELL_AGAIN]
+    assert lane.check(100) is Check.FINE
+    assert lane.check(200) is Check.FINE
+    lane.stand_still(for_room=True)
+    assert [lane.check(200) for _ in range(3)] == [Check.FINE] * 3
 
 
 def test_a_part_is_acknowledged_when_the_journal_is_durable_behind_it_and_not_before():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Log", "Ring"]
+from edgedaq.delivery import gap_of
+from edgedaq.frame import Frame, Kind, decode
+
+__all__ = ["Log", "Ring", "check_account", "name_of"]
 
 
 @dataclass
@@ -49,3 +52,32 @@ class Log:
 
     def after(self, position: int) -> list[tuple[int, bytes]]:
         return [item for item in self.frames if item[0] > position]
+
+
+def check_account(journal: Log, stream: int, count: int, rows: int, *, may_have_gaps: bool) -> None:
+    """Check that the frames of a stream, and all of its rows, are in the journal once, in order."""
+    covered: list[int] = []
+    found = 0
+    for _, raw in journal.frames:
+        frame = decode(memoryview(raw))
+        if frame.stream != stream:
+            continue
+        if frame.kind is Kind.GAP:
+            assert may_have_gaps, "a GAP where nothing was lost"
+            last, lost, _ = gap_of(frame)
+            covered += range(frame.seq, last + 1)
+            assert lost is not None
+            found += lost
+        else:
+            covered.append(frame.seq)
+            found += frame.rows
+    if may_have_gaps:
+        assert covered == list(range(len(covered)))
+    else:
+        assert covered == list(range(count))
+        assert found == rows
+
+
+def name_of(frame: Frame) -> str:
+    """Return what to call a frame in a message."""
+    return f"{frame.kind.name} {frame.stream}/{frame.seq}"
