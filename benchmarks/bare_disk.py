@@ -2,6 +2,10 @@
 
 Absolute figures belong to the machine of the moment; ratios to this carry over. Once is what a single store
 must do; two files is the least that a journal and a store do together.
+
+A virtual disk may be thin: a block that was never written costs the host an allocation (measured here: 320
+MB/s, where blocks that a deleted file had used take 1,300). That is the host's work and nobody's design, so
+``touch_blocks`` does it before anything is timed, for EdgeDAQ and for the bare disk alike.
 """
 
 from __future__ import annotations
@@ -45,10 +49,21 @@ def write_durably(folder: Path, total_bytes: int, *, files_count: int, is_preall
             path.unlink()
 
 
+def touch_blocks(folder: Path, total_bytes: int) -> None:
+    """Write and remove so many bytes: what is written in this folder next finds blocks that the host has."""
+    path = folder / "touched"
+    descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+    try:
+        _fill(descriptor, total_bytes)
+    finally:
+        os.close(descriptor)
+        path.unlink()
+
+
 def _fill(descriptor: int, total_bytes: int) -> None:
     """Write the file once, as a recycled segment has been: its blocks are then allocated and initialised."""
-    zeros = bytes(CHUNK_BYTES)
+    chunk = os.urandom(CHUNK_BYTES)
     for _ in range(-(-total_bytes // CHUNK_BYTES)):
-        os.write(descriptor, zeros)
+        os.write(descriptor, chunk)
     os.fsync(descriptor)
     os.lseek(descriptor, 0, os.SEEK_SET)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from edgedaq_agent.jobs.benchmark import filler, filler_count
 
-from benchmarks.bare_disk import write_durably
+from benchmarks.bare_disk import touch_blocks, write_durably
 from tests.system.harness import Site
 
 MB = 1_000_000
@@ -103,6 +103,7 @@ def main() -> int:
 
 def measure(case: Case, folder: Path, measured: Measured) -> None:
     """Add one repetition of a case, end to end and bare."""
+    touch_blocks(folder, 3 * case.total_bytes)
     measured.end_to_end.append(case.total_bytes / run_end_to_end(case, folder) / MB)
     for held, files_count, is_preallocated in (
         (measured.growing, 1, False),
@@ -110,6 +111,7 @@ def measure(case: Case, folder: Path, measured: Measured) -> None:
         (measured.recycled, 1, True),
         (measured.recycled_two, 2, True),
     ):
+        touch_blocks(folder, 3 * case.total_bytes)
         rate = write_durably(
             folder, case.total_bytes, files_count=files_count, is_preallocated=is_preallocated
         )

@@ -105,8 +105,11 @@ def runtime_dir_of(config_dir: Path) -> Path:
     return _main(config_dir / FILE_NAME, config_dir)[1]
 
 
-def run(config_dir: Path) -> int:
+def run(config_dir: Path, *, lifeline_fd: int | None = None) -> int:
     """Run the agent until it is stopped; return the exit status.
+
+    Args:
+        lifeline_fd: Its end is a stop, too.
 
     Raises:
         ConfigError: It cannot run with this directory.
@@ -118,10 +121,10 @@ def run(config_dir: Path) -> int:
     for warning in agent.warnings:
         get_logger().warning("config.doubted", reason=warning)
     make_directory(agent.path, "state_dir", place.state_dir)
-    return run_supervisor(place.runtime_dir, lambda: _setup(agent))
+    return run_supervisor(place.runtime_dir, lambda: _setup(agent, lifeline_fd))
 
 
-def _setup(agent: Agent) -> SupervisorSetup:
+def _setup(agent: Agent, lifeline_fd: int | None) -> SupervisorSetup:
     place, lane = agent.place, agent.config.lanes.data
     uplink = {
         "aggregator": agent.config.aggregator,
@@ -150,6 +153,7 @@ def _setup(agent: Agent) -> SupervisorSetup:
         plans=plans,
         on_report=forward_report,
         facts=facts,
+        lifeline_fd=lifeline_fd,
     )
 
 

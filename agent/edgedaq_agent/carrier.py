@@ -25,7 +25,7 @@ from edgedaq.session_messages import Ack, Hello, Report
 from edgedaq.transport import FLAG_REPLAY, PART_BYTES, pack_data_header
 
 from edgedaq_agent.corrector import Corrector
-from edgedaq_agent.ring_entries import entries_of, is_crowded, open_of, release
+from edgedaq_agent.ring_entries import entries_of, is_crowded, open_of, pieces_of, release
 from edgedaq_agent.session import LaneMessage, Session
 from edgedaq_agent.spool import Spool
 
@@ -105,7 +105,6 @@ class Carrier:
         self._session_number = 0
         self._scan_ns = self._save_ns = self._report_ns = self._retry_ns = 0
         self._report: dict[str, Any] = {}
-        self._failed_count = 0
         self._stop_ns = 0
         self._node_report: dict[str, Any] | None = None
         self.sent_bytes = 0
@@ -230,7 +229,7 @@ class Carrier:
         release(releases)
 
     def _fill_spool(self, now_ns: int, *, all_of_it: bool = False) -> None:
-        if self._spool.failed_count != self._failed_count:
+        if self._spool.has_moved:
             self._move_with_spool(now_ns)
         if now_ns < self._retry_ns and not all_of_it:
             return
@@ -247,9 +246,8 @@ class Carrier:
 
     def _move_with_spool(self, now_ns: int) -> None:
         """The disk failed: what was in the spool and not durable has, or will have, another place there."""
-        if self._spool.durable < self._spool.end:
+        if not self._spool.settle():
             return
-        self._failed_count = self._spool.failed_count
         self._lane.spool_moved(self._spool.end)
         self._session.end("spool", "the disk of the spool failed; all of it is sent again", now_ns)
 
@@ -258,10 +256,10 @@ class Carrier:
         for _ in range(_PARTS_PER_STEP):
             if not session.is_up:
                 return
-            part = self._lane.next_part(session.credit)
+            part = self._next_part()
             if part is None or not self._send_part(part):
                 break
-            if self._corrector.is_needed:
+            if self._corrector.is_needed or self._corrector.part_bytes < PART_BYTES:
                 self._corrector.passed(self._lane.sent)
         self._send_node_report()
         if self._lane.in_flight_bytes == 0 and self._lane.sent:
@@ -272,6 +270,14 @@ class Carrier:
             report, self._node_report = self._node_report, None
             self._session.send(Report(report=report))
 
+    def _next_part(self) -> FromMemory | FromSpool | None:
+        lane, limit = self._lane, self._corrector.part_bytes
+        part = lane.next_part(self._session.credit, limit)
+        if isinstance(part, FromMemory) and part.size > limit and part.entries[0].count > 1:
+            lane.split_front(list(pieces_of(part.entries[0], limit)))
+            part = lane.next_part(self._session.credit, limit)
+        return part
+
     def _send_part(self, part: FromMemory | FromSpool) -> bool:
         """Send one part; False when it has to wait."""
         lane = self._lane
@@ -279,7 +285,7 @@ class Carrier:
         frames: list[Frame] | None = None
         upto = 0
         if isinstance(part, FromSpool):
-            found = self._spool.read(part.position, part.upto, min(PART_BYTES, room), room)
+            found = self._spool.read(part.position, part.upto, min(self._corrector.part_bytes, room), room)
             frames, upto = found, found.upto
             if not found and upto == part.position:
                 return False
@@ -292,7 +298,7 @@ class Carrier:
         else:
             chunks: list[bytes | memoryview] = [frame.raw for frame in frames or ()]
             if self._corrector.is_needed:
-                chunks = self._corrector.correct(frames or (), lane.sent)
+                chunks = self._corrector.correct(frames or ())
             data, count = b"".join(chunks), len(chunks)
         size = len(data)
         if size > room:

@@ -6,7 +6,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from edgedaq.command_line import add_config_dir, add_status, guarded, refuse_broken, say, show_status
+from edgedaq.command_line import (
+    add_config_dir,
+    add_lifeline,
+    add_status,
+    guarded,
+    refuse_broken,
+    say,
+    show_status,
+)
 from edgedaq.main_config import version
 
 from edgedaq_agent import app
@@ -53,13 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(command=function)
         add_config_dir(command)
+        if name == "run":
+            add_lifeline(command)
         if name == "status":
             add_status(command)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
-    return app.run(options.config_dir)
+    return app.run(options.config_dir, lifeline_fd=options.lifeline_fd)
 
 
 def _check(options: argparse.Namespace) -> int:

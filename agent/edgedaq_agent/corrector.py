@@ -17,7 +17,7 @@ from edgedaq.lane import Entry
 from edgedaq.log_limit import LogLimit
 from edgedaq.logsetup import get_logger
 from edgedaq.session_messages import Ahead, Refused, Resend, Unknown
-from edgedaq.transport import PART_BYTES
+from edgedaq.transport import PART_BYTES, PART_BYTES_MIN
 
 from edgedaq_agent.repair import OpenFinder, Repair
 
@@ -42,10 +42,19 @@ class Corrector:
         self._find_open = find_open
         self._repair = Repair()
         self._until = 0
-        self._refused_at: tuple[int, int] | None = None
+        self._part_bytes = PART_BYTES
         self._stuck = (-1, 0)
         self._limit = LogLimit()
         self._log = get_logger()
+
+    @property
+    def part_bytes(self) -> int:
+        """How much to send in one part.
+
+        Halved by each part that came damaged, so that some get through a bad cable; doubled by as much as has
+        passed since.
+        """
+        return self._part_bytes
 
     @property
     def is_needed(self) -> bool:
@@ -55,7 +64,7 @@ class Corrector:
     def begin_session(self) -> None:
         """Forget what an earlier session told."""
         self._repair.forget()
-        self._refused_at = None
+        self._until = PART_BYTES
 
     def note(self, problem: Problem, sent: int, now_ns: int) -> bool:
         """Take a problem; False when there were so many at one position that the session should end.
@@ -76,9 +85,8 @@ class Corrector:
         self._until = max(self._until, sent + PART_BYTES) if self.is_needed else sent + PART_BYTES
         if isinstance(problem, Resend):
             self._repair.check_all()
+            self._part_bytes = max(self._part_bytes // 2, PART_BYTES_MIN)
             return True
-        if isinstance(problem, Refused) and problem.stream == 0:
-            self._refused_at = (problem.position, problem.offset)
         self._repair.note(problem)
         return True
 
@@ -86,20 +94,15 @@ class Corrector:
         """Tell how far the session has sent: behind all problems, corrections are forgotten."""
         if position >= self._until:
             self._repair.forget()
+            self._until = position + PART_BYTES
+            self._part_bytes = min(2 * self._part_bytes, PART_BYTES)
 
     def whole_frames(self, entries: Iterable[Entry]) -> list[Frame]:
         """Return the frames of entries; what was damaged here is set aside."""
         return [frame for entry in entries for frame in whole_frames(entry.frames, self._bad)]
 
-    def correct(self, frames: Sequence[Frame], position: int) -> list[bytes | memoryview]:
-        """Return what to send for frames at a position of the session."""
-        if self._refused_at is not None and self._refused_at[0] == position:
-            offset = self._refused_at[1]
-            for frame in frames:
-                if offset == 0:
-                    self._repair.refuse(frame, "frame")
-                offset -= len(frame.raw)
-            self._refused_at = None
+    def correct(self, frames: Sequence[Frame]) -> list[bytes | memoryview]:
+        """Return what to send for frames."""
         chunks, aside = self._repair.apply(frames, self._find_open)
         for frame, reason in aside:
             self._bad.add(frame.stream, frame.seq, reason, frame.raw)

@@ -59,19 +59,10 @@ class Repair:
             self._opens.add(stream)
         elif isinstance(problem, Ahead):
             self._ahead[stream, problem.seq] = (problem.expected, problem.rows)
-        elif problem.stream == 0:
-            return
         elif problem.seq == 0:
             self._drop(stream, f"refused: {problem.code}: {problem.text}")
         else:
             self._refused[stream, problem.seq] = f"refused: {problem.code}"
-
-    def refuse(self, frame: Frame, code: str) -> None:
-        """Take that a frame is refused of which the intake could not tell more than its place."""
-        if frame.seq == 0:
-            self._drop(frame.stream, f"refused: {code}")
-        else:
-            self._refused[frame.stream, frame.seq] = f"refused: {code}"
 
     def check_all(self) -> None:
         """Look at the frames themselves too: something was damaged on the way, or here."""

@@ -10,14 +10,19 @@ from edgedaq.inlet import RingView, Run
 from edgedaq.lane import Entry, Release
 from edgedaq.transport import PART_BYTES
 
-__all__ = ["entries_of", "is_crowded", "open_of", "release"]
+__all__ = ["entries_of", "is_crowded", "open_of", "pieces_of", "release"]
 
 
 def entries_of(run: Run, now_ns: int) -> Iterator[Entry]:
-    """Yield a run as entries, cut at borders of frames so that each fits a part; the last one releases it."""
-    frames = run.frames
-    if len(frames) <= PART_BYTES:
-        yield Entry(run.ring, frames, run.count, run.end, now_ns)
+    """Yield a run as entries that each fit a part; the last one releases it."""
+    yield from pieces_of(Entry(run.ring, run.frames, run.count, run.end, now_ns), PART_BYTES)
+
+
+def pieces_of(entry: Entry, part_bytes: int) -> Iterator[Entry]:
+    """Yield an entry, cut at borders of frames where it is too large; the last piece releases it."""
+    frames = entry.frames
+    if len(frames) <= part_bytes:
+        yield entry
         return
     begin = position = count = 0
     while position < len(frames):
@@ -25,12 +30,12 @@ def entries_of(run: Run, now_ns: int) -> Iterator[Entry]:
             length = length_at(frames, position)
         except WireError:
             length = len(frames) - position  # the intake will say so
-        if count and position + length - begin > PART_BYTES:
-            yield Entry(run.ring, frames[begin:position], count, None, now_ns)
+        if count and position + length - begin > part_bytes:
+            yield Entry(entry.holder, frames[begin:position], count, None, entry.t_ns)
             begin, count = position, 0
         position += length
         count += 1
-    yield Entry(run.ring, frames[begin:], count, run.end, now_ns)
+    yield Entry(entry.holder, frames[begin:], count, entry.release_to, entry.t_ns)
 
 
 def is_crowded(holder: object, held_bytes: int) -> bool:

@@ -27,6 +27,7 @@ from edgedaq.logsetup import get_logger
 from edgedaq.segment_format import Hole, Record
 from edgedaq.segment_reader import SegmentReader
 from edgedaq.segments import LogError, SegmentLog
+from edgedaq.storage import Storage
 
 from edgedaq_agent.corrector import whole_frames
 
@@ -54,7 +55,14 @@ class Spool:
     """
 
     def __init__(
-        self, directory: Path, *, limit_bytes: int, reserve_bytes: int, bad: BadFiles, open_of: OpenOf
+        self,
+        directory: Path,
+        *,
+        limit_bytes: int,
+        reserve_bytes: int,
+        bad: BadFiles,
+        open_of: OpenOf,
+        storage: Storage | None = None,
     ) -> None:
         segment_bytes = _SEGMENT_BYTES
         while segment_bytes > 1 << 20 and limit_bytes < _SEGMENTS_MIN * segment_bytes:
@@ -66,12 +74,15 @@ class Spool:
         self._bad = bad
         self._open_of = open_of
         self._directory = directory
+        self._storage = storage
         self._segments = SegmentLog(
             directory,
             limit_bytes=self.limit_bytes,
             segment_bytes=segment_bytes,
             reserve_bytes=reserve_bytes,
+            storage=storage,
         )
+        self._moved_count = 0
         recovery = self._segments.recovery
         if recovery.holes or recovery.cut_bytes:
             self._log.error(
@@ -114,9 +125,20 @@ class Spool:
         return self._segments.disk_bytes
 
     @property
-    def failed_count(self) -> int:
-        """How often the disk failed to make it durable; positions may have moved then, to behind ``end``."""
-        return self._committer.failed_count
+    def has_moved(self) -> bool:
+        """The disk failed: what was not durable has, or will have, another place, behind ``end``.
+
+        Until ``settle`` nothing is read.
+        """
+        return self._segments.moved_count != self._moved_count
+
+    def settle(self) -> bool:
+        """Take that the owner forgets the old positions; False while they have no new ones yet."""
+        moved_count = self._segments.moved_count
+        if not self._segments.is_settled or moved_count != self._segments.moved_count:
+            return False
+        self._moved_count = moved_count
+        return True
 
     def fileno(self) -> int:
         """Return what becomes readable when ``durable`` may have moved."""
@@ -154,14 +176,18 @@ class Spool:
     def read(self, position: int, upto: int, part_bytes: int, room: int) -> SpoolPart:
         """Return frames from a position on: one, and more up to ``part_bytes``, never beyond ``room``.
 
-        Empty, with ``upto`` further on, where records are lost.
+        Empty, with ``upto`` further on, where records are lost; where it is, when they have moved.
         """
         if position != self._resume:
             self._read.clear()
-        if not self._read:
+        if not self._read and not self.has_moved:
             self._fill(position, upto)
         part = SpoolPart()
         part.upto = position
+        if self.has_moved:  # perhaps since: then what was read may be a hole that is none
+            self._read.clear()
+            self._resume = -1
+            return part
         size = 0
         while self._read:
             record = self._read[0]
@@ -259,7 +285,7 @@ class Spool:
         if self._reader is None or self._reader.position != position:
             if self._reader is not None:
                 self._reader.close()
-            self._reader = SegmentReader(self._directory, position)
+            self._reader = SegmentReader(self._directory, position, storage=self._storage)
         for entry in self._reader.read(upto):
             if isinstance(entry, Hole):
                 self._log.error("spool.hole_found", reason=entry.reason, first=entry.first, last=entry.last)

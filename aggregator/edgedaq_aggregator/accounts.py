@@ -99,7 +99,8 @@ class NodeAccount:
     """One node: what its supervisor reports, and what the intake and the stores count of it.
 
     ``heard_ns`` is this process's monotonic time when something of the node last arrived, None if it was
-    before this process. ``last_active_ns`` is UTC, 0 if never.
+    before this process. ``last_active_ns`` is UTC, 0 if never. ``has_ended``: its last report says how its
+    jobs ended.
     """
 
     node: str
@@ -115,6 +116,7 @@ class NodeAccount:
     link: dict[str, Any] = field(default_factory=dict)
     link_ns: int = 0
     heard_ns: int | None = None
+    has_ended: bool = False
     in_rate: WindowedRate = field(default_factory=WindowedRate)
     out_rate: WindowedRate = field(default_factory=WindowedRate)
 

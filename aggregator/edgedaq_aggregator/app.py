@@ -118,8 +118,11 @@ def runtime_dir_of(config_dir: Path) -> Path:
     return _main(config_dir / FILE_NAME, config_dir)[1]
 
 
-def run(aggregator: Aggregator, view: LiveView | None = None) -> int:
+def run(aggregator: Aggregator, view: LiveView | None = None, *, lifeline_fd: int | None = None) -> int:
     """Run it until it is stopped; return the exit status.
+
+    Args:
+        lifeline_fd: Its end is a stop, too.
 
     Raises:
         ConfigError: It cannot run with this directory.
@@ -131,10 +134,10 @@ def run(aggregator: Aggregator, view: LiveView | None = None) -> int:
         get_logger().warning("config.doubted", reason=warning)
     make_directory(aggregator.path, "out_dir", place.out_dir, mode=0o755)
     make_directory(aggregator.path, "state_dir", place.state_dir)
-    return run_supervisor(place.runtime_dir, lambda: _setup(aggregator, view or LiveView()))
+    return run_supervisor(place.runtime_dir, lambda: _setup(aggregator, view or LiveView(), lifeline_fd))
 
 
-def _setup(aggregator: Aggregator, view: LiveView) -> SupervisorSetup:
+def _setup(aggregator: Aggregator, view: LiveView, lifeline_fd: int | None) -> SupervisorSetup:
     place = aggregator.place
     listen = aggregator.listen or _free_endpoint()
     statistics = Statistics(place.out_dir, place.state_dir)
@@ -171,6 +174,7 @@ def _setup(aggregator: Aggregator, view: LiveView) -> SupervisorSetup:
         on_message=take_message,
         on_end=statistics.close,
         facts=facts,
+        lifeline_fd=lifeline_fd,
     )
 
 

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedaq.command_line import add_config_dir, add_status, guarded, refuse_broken, say, show_status
+from edgedaq.command_line import (
+    add_config_dir,
+    add_lifeline,
+    add_status,
+    guarded,
+    refuse_broken,
+    say,
+    show_status,
+)
 from edgedaq.main_config import version
 
 from edgedaq_aggregator import app
@@ -64,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         if name != "demo":
             add_config_dir(command)
+        if name == "run":
+            add_lifeline(command)
         if name in ("status", "nodes"):
             add_status(command)
         if name == "standalone":
@@ -77,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    return app.run(app.load(options.config_dir))
+    return app.run(app.load(options.config_dir), lifeline_fd=options.lifeline_fd)
 
 
 def _check(options: argparse.Namespace) -> int:

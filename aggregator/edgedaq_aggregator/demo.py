@@ -9,7 +9,8 @@ What it leaves in the directory that it is given::
 
 It ends as an experiment should: first the agent (everything put is sent, or in its spool), then, when all
 of that is stored, the aggregator; then the ledger is read from the files alone. Ctrl-C ends it in the same
-way, at once. The demo's own processes never outlive it: each wait has a limit, after which they are killed.
+way, at once. The demo's own processes never outlive it: each wait has a limit, after which they are killed;
+if the demo itself is killed, they see the end of their lifelines and stop in order.
 """
 
 from __future__ import annotations
@@ -102,9 +103,14 @@ class DemoProcess:
         self.role = role
         self.log_path = config_dir.with_suffix(".log")
         self._runtime_dir = default_runtime_dir(config_dir, role)
-        with self.log_path.open("ab") as log:
+        theirs, self._lifeline_fd = os.pipe()
+        with self.log_path.open("ab") as log, os.fdopen(theirs, "rb"):
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, "run", "--config-dir", str(config_dir)],
+                [
+                    *(sys.executable, "-m", module, "run"),
+                    *("--config-dir", str(config_dir), "--lifeline-fd", str(theirs)),
+                ],
+                pass_fds=(theirs,),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -116,6 +122,7 @@ class DemoProcess:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        os.close(self._lifeline_fd)
 
     @property
     def is_running(self) -> bool:

@@ -142,8 +142,8 @@ class Journal:
 
     @property
     def used_bytes(self) -> int:
-        """What lies between ``begin`` and ``end``."""
-        return self._log.used_bytes
+        """What its records take."""
+        return sum(size for _, size in self._log.sizes())
 
     @property
     def disk_bytes(self) -> int:
@@ -305,7 +305,16 @@ class Journal:
         """Give back what no store needs but for ``keep_bytes``; returns whether that was anything."""
         before = self._log.begin
         needed = min(self._registry.positions.values(), default=self._log.durable)
-        return self._log.trim(min(needed, self._log.end - keep_bytes)) > before
+        return self._log.trim(min(needed, self._kept_from(keep_bytes))) > before
+
+    def _kept_from(self, keep_bytes: int) -> int:
+        """Return where the newest segments begin that together have ``keep_bytes``."""
+        first = self._log.end
+        for first, size in reversed(self._log.sizes()):  # noqa: B007
+            keep_bytes -= size
+            if keep_bytes <= 0:
+                break
+        return first
 
     def _report(self) -> None:
         found = self._log.recovery

@@ -4,7 +4,7 @@ A part is judged frame by frame, up to its end or the first frame that cannot be
 before it is kept. The problem is told to the uplink, which goes back to the begin of the part::
 
     problem     when                                                           the uplink then sends
-    Resend      the checksum does not match: damaged on the way                the same again
+    Resend      it is no whole frame: damaged on the way                       the same again
     Refused     the frame is wrong for what it is, or not this node's          a GAP in its place
     Unknown     its stream was never opened here (the journal lost it)         the OPEN first
     Ahead       frames before it never came (lost on the node, or here)        them, or a GAP first
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from edgedaq.delivery import STREAMS_MAX, StreamTable, Verdict, gap_of
-from edgedaq.errors import ChecksumError, WireError
+from edgedaq.errors import WireError
 from edgedaq.frame import DATA_KINDS, Frame, Kind, decode, unpack_map
 from edgedaq.open_info import OpenInfo, decode_open
 from edgedaq.session_messages import Ahead, Refused, Resend, Unknown
@@ -148,16 +148,11 @@ def judge_part(
     while offset < size:
         try:
             frame = decode(part, offset)
-        except ChecksumError as e:
-            judged.problem = Resend(lane=lane, position=start, text=str(e))
-            return judged
         except WireError as e:
-            judged.problem = Refused(
-                lane=lane, position=start, stream=0, seq=0, offset=offset, code="frame", text=str(e)[:1000]
-            )
-            judged.culprit = part[offset:]
+            # Where it is no frame for the uplink either, that one sets it aside.
+            judged.problem = Resend(lane=lane, position=start, text=str(e)[:1000])
             return judged
-        begin, offset = offset, offset + len(frame.raw)
+        offset += len(frame.raw)
         stream = frame.stream
         facts = owners.facts.get(stream)
         try:
@@ -178,7 +173,6 @@ def judge_part(
                 position=start,
                 stream=stream,
                 seq=frame.seq,
-                offset=begin,
                 code=e.code,
                 text=str(e)[:1000],
             )

@@ -3,9 +3,8 @@
 Read from files alone (the journal's accounts and the stores' commit records), of a running aggregator or a
 dead one. Each number is counted where it arises, so that a sum that is right says something::
 
-    produced   rows before the stream's next one as the journal has it; the producer numbers them, dropped
-    ones
-               included (``row0`` of its frames)
+    produced   rows before the stream's next one as the journal has it; the producer numbers them (``row0``
+               of its frames), dropped ones included
     stored     rows that the store's commits have counted
     dropped    rows of GAPs and refusals that the store has marked
     waiting    rows between the store's next one and the journal's
@@ -33,6 +32,9 @@ from edgedaq_aggregator.stores.commits import LOG_NAME, CommitState, read_commit
 __all__ = ["LedgerRow", "format_ledger", "read_ledger"]
 
 _COLUMNS = ("job", "stream", "tag", "store", "produced", "stored", "waiting", "dropped", "state")
+
+
+_WIDTH = 120
 
 
 class LedgerRow(NamedTuple):
@@ -94,7 +96,9 @@ def format_ledger(rows: Sequence[LedgerRow], *, limit: int = 40) -> str:
     parts = (
         [
             table(
-                _COLUMNS, [(f"{row.node}/{row.job}", row.stream, *row[4:10], _state_of(row)) for row in shown]
+                _COLUMNS,
+                [(f"{row.node}/{row.job}", row.stream, *row[4:10], _state_of(row)) for row in shown],
+                width=_WIDTH,
             )
         ]
         if shown
@@ -112,7 +116,7 @@ def format_ledger(rows: Sequence[LedgerRow], *, limit: int = 40) -> str:
         )
         verdict = f"{len(wrong)} do not balance: {off}"
     rest = f", {waiting} rows wait to be stored" if waiting else ""
-    parts.append(f"ledger: {streams} streams, {verdict}{rest}")
+    parts.append(f"ledger: {streams} {'stream' if streams == 1 else 'streams'}, {verdict}{rest}")
     return "\n".join(parts)
 
 

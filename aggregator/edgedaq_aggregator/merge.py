@@ -11,7 +11,9 @@ So a replayed, repeated or lost report changes no total, and a total goes down f
 ``to_map`` and ``from_map`` keep the totals over restarts of the aggregator itself.
 
 A node is alive while something of it arrived within ``SILENT_S``; the jobs of a silent node are not alive,
-whatever they were when it spoke last. Rows are never removed. ``docs/statistics.md`` defines every column.
+whatever they were when it spoke last. When the aggregator ends, nothing arrives any more: in the files that
+it leaves nobody is alive, and of its own jobs they say how they ended. Rows are never removed.
+``docs/statistics.md`` defines every column.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from edgedaq.clock import iso_utc
 from edgedaq.errors import WireError
 from edgedaq.names import ALL_NODES
 from edgedaq.stats import NodeReport, QuantileSketch
+from edgedaq.store_config import STORE_TYPES
 
 from edgedaq_aggregator.accounts import JobAccount, NodeAccount, sketch_of, sum_known
 from edgedaq_aggregator.stream_counts import Arrived, Backlog, Stored, StreamCounts
@@ -141,7 +144,7 @@ class Merge:
         if account is None or not account.update(report):
             return False
         account.heard_ns = now_ns
-        account.last_active_ns = max(account.last_active_ns, t_utc_ns)
+        account.last_active_ns = t_utc_ns
         out_bytes = sum_known(
             [total.out_bytes for total in map(JobAccount.total, account.jobs.values()) if total]
         )
@@ -171,11 +174,12 @@ class Merge:
             account.arrived.update(
                 life, {key: told[key] for key in _ARRIVED if isinstance(told.get(key), int)}
             )
-            account.link, account.link_ns = dict(told), now_ns
             last_active_ns = told.get("last_active_ns")
-            if isinstance(last_active_ns, int) and last_active_ns > account.last_active_ns:
+            # News by being different, not later: the clock of this machine may have been put back.
+            if isinstance(last_active_ns, int) and last_active_ns != account.link.get("last_active_ns"):
                 account.last_active_ns = last_active_ns
                 account.heard_ns = now_ns
+            account.link, account.link_ns = dict(told), now_ns
             account.in_rate.add(account.arrived.total("in_bytes") or 0, now_ns)
 
     def update_store(self, store: str, key: str, streams: Mapping[str, Stored]) -> None:
@@ -190,15 +194,16 @@ class Merge:
                 counts.update(stream, arrived.node, stored.rows)
         self.backlog.take_stored(store, key, streams)
 
+    def end(self, own_node: str) -> None:
+        """Learn that this aggregator ends, and so hears nobody any more; of its own jobs it knows the end."""
+        for account in self.nodes.values():
+            account.heard_ns = None
+            account.has_ended = account.node == own_node
+
     def job_rows(self, now_ns: int) -> list[Row]:
         """Return the rows of ``stats.csv``: every job of every node, by name."""
         return [
-            _job_row(
-                account,
-                job,
-                account.link_at(now_ns, _SILENT_NS),
-                is_alive=account.is_alive(now_ns, _SILENT_NS),
-            )
+            _job_row(account, job, now_ns, self._queue_of(job, now_ns))
             for _, account in sorted(self.nodes.items())
             for _, job in sorted(account.jobs.items())
         ]
@@ -206,8 +211,7 @@ class Merge:
     def node_rows(self, now_ns: int) -> list[Row]:
         """Return the rows of ``stats_remote.csv``: every node by name, then ``ALL``."""
         held = [account for _, account in sorted(self.nodes.items())]
-        is_told = self._backlog_ns > 0 and now_ns - self._backlog_ns <= _SILENT_NS
-        waiting = self.backlog.waiting_rows() if is_told else {}
+        waiting = self.backlog.waiting_rows() if self._is_backlog_known(now_ns) else {}
         rows = [_node_row(account, now_ns) | self._counts(account.node, waiting) for account in held]
         return [*rows, _all_row(rows, held, now_ns)]
 
@@ -254,6 +258,14 @@ class Merge:
             "waiting_count": waiting.get(node),
         }
 
+    def _queue_of(self, job: JobAccount, now_ns: int) -> int | None:
+        """Return what waits for a store; only stores of this aggregator have their types."""
+        is_store = job.report.job_type in STORE_TYPES.values() and self._is_backlog_known(now_ns)
+        return self.backlog.waiting_for(job.report.job) if is_store else None
+
+    def _is_backlog_known(self, now_ns: int) -> bool:
+        return self._backlog_ns > 0 and now_ns - self._backlog_ns <= _SILENT_NS
+
     def _account(self, node: str) -> NodeAccount | None:
         account = self.nodes.get(node)
         if account is None and len(self.nodes) < NODES_MAX:
@@ -261,12 +273,17 @@ class Merge:
         return account
 
 
-def _job_row(account: NodeAccount, job: JobAccount, link: Mapping[str, Any], *, is_alive: bool) -> Row:
-    """Return a job's row; its gauges only while it lives: nobody knows those of a silent node."""
-    is_known = is_alive and job.is_listed
-    lives = is_known and job.report.state in _ALIVE_STATES
+def _job_row(account: NodeAccount, job: JobAccount, now_ns: int, queue: int | None) -> Row:
+    """Return a job's row; its gauges only while it lives: nobody knows those of a silent node.
+
+    Args:
+        queue: What waits for it, where its own process cannot tell.
+    """
+    is_alive = account.is_alive(now_ns, _SILENT_NS)
+    is_known = (is_alive or account.has_ended) and job.is_listed
+    lives = is_alive and job.is_listed and job.report.state in _ALIVE_STATES
     total = job.total()
-    by_job = link.get("latency_by_job")
+    by_job = account.link_at(now_ns, _SILENT_NS).get("latency_by_job")
     row: Row = {
         "supervisor": account.node,
         "daq_job": job.report.job_type,
@@ -290,7 +307,7 @@ def _job_row(account: NodeAccount, job: JobAccount, link: Mapping[str, Any], *, 
         }
     if total is not None and lives:
         row |= {
-            "message_in_queue_size": total.in_queue,
+            "message_in_queue_size": queue if total.in_queue is None else total.in_queue,
             "message_out_queue_size": total.out_queue,
             "cpu_percent": _rounded(total.cpu_percent, 1),
             "rss_megabytes": _mebibytes(total.rss_bytes),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edgedaq.command_line import refuse_broken, say
 from edgedaq.main_config import make_directory
+from edgedaq.patient_stream import PatientStream
 from edgedaq.supervisor import Supervisor
 from edgedaq.tables import LiveTable, format_status, summary_line
 
@@ -25,6 +26,7 @@ __all__ = ["run_standalone"]
 
 LOG_NAME = "standalone.log"
 _STDERR = 2
+_READ_LIMIT_S = 1.0
 
 
 def run_standalone(config_dir: Path, out_dir: Path | None) -> int:
@@ -39,30 +41,39 @@ def run_standalone(config_dir: Path, out_dir: Path | None) -> int:
     for warning in aggregator.warnings:
         sys.stderr.write(f"warning: {warning}\n")
     say(f"writing to {place.out_dir}; Ctrl-C ends")
+    table = _Table()
     if sys.stdout.isatty() and os.isatty(_STDERR):
         make_directory(aggregator.path, "state_dir", place.state_dir)
         log_path = place.state_dir / LOG_NAME
         with _stderr_to(log_path):
-            status = app.run(aggregator, _Table())
-        say(f"log: {log_path}")
+            status = app.run(aggregator, table)
+        ending = f"log: {log_path}\n\n"
     else:
-        status = app.run(aggregator, _Table())
+        status = app.run(aggregator, table)
+        ending = "\n"
     rows = read_ledger(place.state_dir)
-    say(f"\n{format_ledger(rows)}")
+    if table.close():
+        say(ending + format_ledger(rows))
+    else:
+        sys.stderr.write("the ledger is not shown: nobody reads what is written to stdout\n")
     return status or (0 if all(row.balances for row in rows) else 1)
 
 
 class _Table(app.LiveView):
-    """Shows the supervisor's status on stdout."""
+    """Shows the supervisor's status on stdout, as far as somebody reads there."""
 
     def __init__(self) -> None:
-        self._live = LiveTable(sys.stdout)
+        self._stream = PatientStream(sys.stdout)
+        self._live = LiveTable(self._stream)
 
     def show(self, supervisor: Supervisor) -> None:
         """Draw it anew."""
         status = supervisor.status()
-        with contextlib.suppress(OSError):  # nobody looks any more; the data go on
-            self._live.show(format_status(status), summary_line(status))
+        self._live.show(format_status(status), summary_line(status))
+
+    def close(self) -> bool:
+        """Leave stdout to others; False if nobody reads there."""
+        return self._stream.close(_READ_LIMIT_S)
 
 
 @contextlib.contextmanager

@@ -97,10 +97,8 @@ class Statistics:
         return {"jobs": self.merge.job_rows(now_ns), "nodes": self.merge.node_rows(now_ns)}
 
     def close(self) -> None:
-        """Write everything a last time; this aggregator itself, which ends, is not alive in it."""
-        own = self.merge.nodes.get(self._own_node)
-        if own is not None:
-            own.heard_ns = None
+        """Write everything a last time; nobody is alive in it, because nobody looks any more."""
+        self.merge.end(self._own_node)
         self._try(self._write)
         self._try(self._keep)
 
@@ -131,7 +129,7 @@ class Statistics:
         except OSError as e:
             if not self._is_failing:
                 self._is_failing = True
-                log.warning("statistics.failed", path=e.filename, reason=e.strerror)
+                log.warning("statistics.failed", path=e.filename or str(self._out_dir), reason=e.strerror)
         else:
             if self._is_failing:
                 self._is_failing = False
@@ -157,12 +155,17 @@ def replace_file(path: Path, content: bytes, *, is_durable: bool = False) -> Non
         OSError: The disk does not take it; ``path`` is what it was.
     """
     beside = path.with_name(f".{path.name}.new")
-    with beside.open("wb") as file:
-        file.write(content)
-        if is_durable:
-            file.flush()
-            os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            if is_durable:
+                file.flush()
+                os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def _cell(value: Any) -> Any:

@@ -83,16 +83,27 @@ class Backlog:
         waiting: dict[str, int] = {}
         for stream, account in self.arrived.items():
             waiting.setdefault(account.node, 0)
-            reached = account.rows + account.gap_rows
             for key in account.stores:
                 takers = [held for kind, held in self._stored.values() if kind == key] or [{}]
-                for held in takers:
-                    has = held.get(stream, _NOTHING)
-                    waiting[account.node] += min(max(reached - has.rows - has.gap_rows, 0), reached)
+                waiting[account.node] += sum(_lacking(account, held.get(stream)) for held in takers)
         return waiting
 
+    def waiting_for(self, store: str) -> int | None:
+        """Return rows that wait for one store; None when it has never told anything."""
+        if store not in self._stored:
+            return None
+        key, held = self._stored[store]
+        return sum(
+            _lacking(account, held.get(stream))
+            for stream, account in self.arrived.items()
+            if key in account.stores
+        )
 
-_NOTHING = Stored(0, 0)
+
+def _lacking(arrived: Arrived, stored: Stored | None) -> int:
+    """Return the rows of a stream that a store does not have yet."""
+    reached = arrived.rows + arrived.gap_rows
+    return max(reached - stored.rows - stored.gap_rows, 0) if stored else reached
 
 
 def arrived_of(value: object) -> dict[str, Arrived]:

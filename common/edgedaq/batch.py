@@ -5,7 +5,7 @@
 nor numpy, which are imported only when an Arrow batch is asked for.
 
 Bytes that are not what their frame says raise ``WireError``, never another exception, and are never read out
-of bounds: lengths are checked against the body, and Arrow's own messages are validated in full.
+of bounds: lengths are checked against the body, and Arrow's own messages in ``arrow_bodies``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from edgedaq.arrow_bodies import arrow_body, arrow_schema_bytes, read_batch, read_schema
 from edgedaq.columns import Column, Schema
 from edgedaq.errors import WireError
 from edgedaq.frame import FLAG_PIECE, Frame, Kind, unpack_map
@@ -41,8 +42,6 @@ MESSAGE_COLUMN = "message"
 """The one column of a raw stream seen as a table."""
 
 _U32 = struct.Struct("<I")
-_ARROW_ERRORS = (OSError, EOFError, ValueError, TypeError, LookupError, MemoryError, OverflowError)
-"""What pyarrow raises for bytes that are not Arrow's, besides its own exceptions."""
 
 
 def raw_body(frame: Frame) -> memoryview:
@@ -141,16 +140,6 @@ def to_arrow(info: OpenInfo, frame: Frame) -> pa.RecordBatch:
     return BatchDecoder(info).batches([frame])[0]
 
 
-def arrow_schema_bytes(schema: pa.Schema) -> bytes:
-    """Return what ``OpenInfo.arrow_schema`` holds for a pyarrow schema."""
-    return bytes(schema.serialize())
-
-
-def arrow_body(batch: pa.RecordBatch) -> pa.Buffer:
-    """Return the ARROW body of a record batch; the caller has cast dictionaries to plain columns."""
-    return batch.serialize()
-
-
 class BatchDecoder:
     """Turns the frames of one stream into record batches.
 
@@ -232,24 +221,10 @@ class BatchDecoder:
 
     @functools.cached_property
     def _arrow_schema(self) -> Any:
-        pa = _pyarrow()
-
-        try:
-            return pa.ipc.read_schema(pa.py_buffer(self._info.arrow_schema))
-        except (*_ARROW_ERRORS, pa.ArrowException) as e:
-            message = f"the Arrow schema in OPEN is not valid: {e}"
-            raise WireError(message) from e
+        return read_schema(self._info.arrow_schema)
 
     def _arrow(self, frame: Frame) -> Any:
-        pa = _pyarrow()
-
-        try:
-            # A copy is aligned as Arrow's kernels want it, and outlives the buffer that was read.
-            batch = pa.ipc.read_record_batch(pa.py_buffer(bytes(frame.body)), self._arrow_schema)
-            batch.validate(full=True)
-        except (*_ARROW_ERRORS, pa.ArrowException) as e:
-            message = f"an ARROW body is not valid: {e}"
-            raise WireError(message) from e
+        batch = read_batch(frame.body, self._arrow_schema)
         _check_rows(frame, batch.num_rows)
         return batch
 

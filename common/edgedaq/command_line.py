@@ -24,7 +24,16 @@ from edgedaq.runtime_dir import InstanceLock, remove
 from edgedaq.supervisor import Supervisor, SupervisorSetup
 from edgedaq.tables import LiveTable, format_status, summary_line
 
-__all__ = ["add_config_dir", "add_status", "guarded", "refuse_broken", "run_supervisor", "say", "show_status"]
+__all__ = [
+    "add_config_dir",
+    "add_lifeline",
+    "add_status",
+    "guarded",
+    "refuse_broken",
+    "run_supervisor",
+    "say",
+    "show_status",
+]
 
 
 def add_config_dir(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +52,11 @@ def add_status(parser: argparse.ArgumentParser) -> None:
     """Let a command take the options of ``status``."""
     parser.add_argument("--json", action="store_true", help="all facts as one JSON map")
     parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+
+
+def add_lifeline(parser: argparse.ArgumentParser) -> None:
+    """Let a command be tied to the process that starts it: it stops when this descriptor comes to its end."""
+    parser.add_argument("--lifeline-fd", type=int, help=argparse.SUPPRESS)
 
 
 def say(text: str) -> None:

@@ -112,7 +112,7 @@ def request(
         while True:
             left_ms = int((deadline - time.monotonic()) * 1000)
             if left_ms <= 0 or not socket.poll(left_ms):
-                message = f"process {pid} does not answer within {limit_s:g} s"
+                message = f"process {pid or '?'} does not answer within {limit_s:g} s"
                 raise ControlError(message)
             reply = msgpack.unpackb(socket.recv(), strict_map_key=False)
             if isinstance(reply, dict) and reply.get("id") == number:

@@ -138,7 +138,10 @@ def _widen_element(a: str, b: str) -> str:
 def plain(value: Any) -> Any:
     """Return a numpy scalar or an array without dimensions as what it is in Python; else ``value`` itself."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return value.item()
+        item = value.item()
+        if type(item) is not type(value):
+            return item
+        return complex(value) if value.dtype.kind == "c" else float(value)  # a long double is not Python's
     return value
 
 
@@ -244,7 +247,7 @@ def timestamp_ns(value: dt.datetime) -> int:
 def text_of(value: Any) -> str:
     """Return any value as text that UTF-8 can hold: bytes as hex, lists as JSON, times as ISO 8601 UTC."""
     if isinstance(value, str):
-        text = value
+        text = str.__str__(value)  # without what a subclass adds
     elif isinstance(value, bool):
         text = "true" if value else "false"
     elif isinstance(value, bytes | bytearray | memoryview):
@@ -252,7 +255,7 @@ def text_of(value: Any) -> str:
     elif isinstance(value, dt.datetime):
         text = _iso_text(value)
     elif hasattr(value, "tolist"):
-        return text_of(value.tolist())
+        return text_of(value.tolist() if value.shape else plain(value))
     elif isinstance(value, list | tuple | dict):
         text = json.dumps(value, default=text_of, separators=(",", ":"), skipkeys=True)
     elif isinstance(value, float):

@@ -36,6 +36,7 @@ class Gate:
     """One lock, one condition (room was made), one pipe (something was put).
 
     ``interrupt`` is called where a put may be left before it has taken anything; it raises to leave it.
+    Once ``shut``, nothing can be put any more.
     """
 
     def __init__(self) -> None:
@@ -108,6 +109,14 @@ class Gate:
                         return result
             finally:
                 self._blocked_ns += mono_ns() - self._blocked_since.pop(me)
+
+    def shut(self, reason: str) -> None:
+        """Refuse what is put from now on, and what waits for room."""
+
+        def refuse() -> None:
+            raise JobError(reason)
+
+        self.interrupt = refuse
 
     def close(self) -> None:
         """Close the pipe."""

@@ -38,6 +38,9 @@ from edgedaq.ring_view import RingView, Run
 
 __all__ = ["Inlet", "RingView", "Run", "sweep_rings", "withdraw_claim"]
 
+_BAD_MAX = 2
+_DAMAGE_TOLD = 4
+
 
 class Inlet:
     """All rings of a directory, as one consumer. A context manager.
@@ -159,6 +162,9 @@ class Inlet:
         try:
             if ring.find_death(resume_at):
                 self._log.info("ring.salvaged", job=ring.job, life=ring.life)
+                if ring.damage:
+                    reason = "; ".join(ring.damage[:_DAMAGE_TOLD])
+                    self._log.error("ring.damaged", job=ring.job, life=ring.life, reason=reason)
         except WireError as e:
             self._reject(ring, e)
 
@@ -166,15 +172,24 @@ class Inlet:
         """Set a damaged ring aside; nothing more comes from it."""
         self._log.error("ring.rejected", job=ring.job, life=ring.life, reason=str(error))
         if self._retire and ring.is_dead:
-            with contextlib.suppress(OSError):
-                ring.path.rename(ring.path.with_suffix(".bad"))
+            self._keep(ring)
         self._forget(ring)
+
+    def _keep(self, ring: RingView) -> None:
+        """Keep a damaged ring for a person to look at, and not too many of them: they take memory."""
+        with contextlib.suppress(OSError):
+            ring.path.rename(ring.path.with_suffix(".bad"))
+            bad = sorted(self._dir.glob("*.bad"), key=lambda path: path.stat().st_mtime_ns)
+            for path in bad[:-_BAD_MAX]:
+                path.unlink()
 
     def _put_away(self, ring: RingView) -> None:
         if not self._retire:
             self._note(ring, through=True)
             self._forget(ring)
         elif not is_claimed(self._dir, ring.life, apart_from=self._consumer):
+            if ring.damage:
+                self._keep(ring)
             unlink_ring(self._dir, ring.life)
             self._forget(ring)
 

@@ -17,6 +17,7 @@ import msgspec
 
 from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.config import RingOptions
+from edgedaq.errors import JobError
 from edgedaq.stats import Snapshot
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class JobContext:
         self._main = threading.get_ident()
         self._raised_ns = 0
         self._making = threading.Lock()
+        self._shut = ""
         self._cpu = (mono_ns(), time.process_time_ns())
 
     # Putting.
@@ -100,8 +102,10 @@ class JobContext:
         """Return the outlet; make it now if need be.
 
         Raises:
-            JobError: There is no room for its ring.
+            JobError: There is no room for its ring, or nothing can be put any more.
         """
+        if self._shut:
+            raise JobError(self._shut)
         if self.outlet_or_none is None:
             from edgedaq.outlet import Outlet  # noqa: PLC0415  # a job that puts nothing needs no sockets
             from edgedaq.ring_layout import Identity  # noqa: PLC0415,
@@ -119,6 +123,15 @@ class JobContext:
                     self.outlet_or_none = outlet
             os.write(self._wake_write_fd, b"\0")
         return self.outlet_or_none
+
+    def after_fork(self) -> None:
+        """Refuse all puts in a process that the job forked off: the ring is its parent's."""
+        self._shut = (
+            f"job {self.spec.unique_id}: a forked process cannot put; hand the data to that of the job, "
+            "e.g. by a multiprocessing.Queue"
+        )
+        if self.outlet_or_none is not None:
+            self.outlet_or_none.abandon(self._shut)
 
     # Stopping.
 
@@ -211,6 +224,7 @@ class JobContext:
 
     def close(self) -> None:
         """Close outlet and descriptors."""
+        self._shut = f"job {self.spec.unique_id}: has ended, nothing can be put any more"
         if self.outlet_or_none is not None:
             self.outlet_or_none.close()
             self.outlet_or_none = None

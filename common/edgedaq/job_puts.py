@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from edgedaq.errors import JobError
@@ -16,6 +16,7 @@ from edgedaq.job_context import JobContext
 from edgedaq.names import check_topic
 from edgedaq.schema import Schema
 from edgedaq.store_config import DAQJobStoreConfig
+from edgedaq.table_rows import check_row
 
 if TYPE_CHECKING:
     from edgedaq.stream_writer import StreamWriter
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["JobPuts"]
 
 _KNOWN_MAX = 512
-_HERE: AbstractContextManager[None] = nullcontext()
 
 
 class JobPuts:
@@ -37,6 +37,7 @@ class JobPuts:
         self._context = context
         self._default = store_config if isinstance(store_config, DAQJobStoreConfig) else None
         self._main = threading.get_ident()
+        self._main_lane = threading.Lock()
         # Each entry keeps the objects alive by whose identity it is found.
         self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._inferred: dict[tuple[Any, ...], Schema] = {}
@@ -62,6 +63,8 @@ class JobPuts:
         if known is None:
             if not len(rows):
                 return
+            for row in rows:
+                check_row(self._context.spec.unique_id, row)
             where = self._where(store_config, tag, topics)
             schema_now = schema or self._infer(names, rows, (is_main, tag, tuple(topics), store_config))
             if names and names != schema_now.names:
@@ -113,11 +116,11 @@ class JobPuts:
                 writer = self._context.outlet().raw(**self._where(store_config, tag, topics))
             known = self._learn(key, (writer, store_config))
         writer = self._last[is_main] = known[0]
-        if is_main and timeout_s is None:
-            writer.put(data)
-            return
         with self._lane(is_main):
-            writer.put_within(data, timeout_s)
+            if timeout_s is None:
+                writer.put(data)
+            else:
+                writer.put_within(data, timeout_s)
 
     def put_event(
         self,
@@ -158,7 +161,16 @@ class JobPuts:
             self._context.outlet().report_loss(writer, count, reason)
 
     def _lane(self, is_main: bool) -> AbstractContextManager[Any]:  # noqa: FBT001
-        return _HERE if is_main else self._context.outlet().side()
+        """Return what a put must be in; the main thread's is never waited for: only itself can hold it."""
+        if not is_main:
+            return self._context.outlet().side()
+        if self._main_lane.locked():
+            message = (
+                f"job {self._context.spec.unique_id}: a put within a put, e.g. by a handler of a signal: "
+                "let it leave a note, and put from the main loop"
+            )
+            raise JobError(message)
+        return self._main_lane
 
     def _learn(self, key: tuple[Any, ...], entry: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(self._known) >= _KNOWN_MAX:
@@ -168,8 +180,8 @@ class JobPuts:
 
     def _infer(self, names: tuple[str, ...], rows: Sequence[Sequence[Any]], key: tuple[Any, ...]) -> Schema:
         """Return the schema that the first rows under these names had."""
-        if not names:
-            message = f"job {self._context.spec.unique_id}: rows need keys or a schema"
+        if not names or not all(isinstance(name, str) for name in names):
+            message = f"job {self._context.spec.unique_id}: rows need keys or a schema, got {names!r:.100}"
             raise JobError(message)
         schema = self._inferred.get((names, *key))
         if schema is None:

@@ -24,7 +24,7 @@ While the cursor is in the spool no entry of memory is in flight.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -185,8 +185,13 @@ class Lane:
         self._flown.clear()
         self._cursor = self.spool_acked
 
-    def next_part(self, credit: int) -> FromSpool | FromMemory | None:
-        """Return what to send now if the credit allows; None when there is nothing, or no credit."""
+    def next_part(self, credit: int, part_bytes: int | None = None) -> FromSpool | FromMemory | None:
+        """Return what to send now if the credit allows; None when there is nothing, or no credit.
+
+        Args:
+            credit: Position of the session up to which may be sent.
+            part_bytes: Joins entries up to this only; otherwise up to the lane's own.
+        """
         room = credit - self.sent
         if room <= 0:
             return None
@@ -194,7 +199,7 @@ class Lane:
             return FromSpool(self._cursor, self.spool_end)
         entries: list[Entry] = []
         size = 0
-        limit = min(room, self._part_bytes)
+        limit = min(room, part_bytes or self._part_bytes)
         for entry in self._waiting:
             more = len(entry.frames)
             if size + more > limit and (entries or more > room):
@@ -202,6 +207,16 @@ class Lane:
             entries.append(entry)
             size += more
         return FromMemory(entries, size) if entries else None
+
+    def split_front(self, pieces: Sequence[Entry]) -> None:
+        """Put pieces, which together are it, in the place of the entry that is sent next."""
+        whole = self._waiting.popleft()
+        for entry in self._waiting:
+            entry.index += len(pieces) - 1
+        for at, piece in enumerate(pieces):
+            piece.index = whole.index + at
+        self._next_index += len(pieces) - 1
+        self._waiting.extendleft(reversed(pieces))
 
     def sent_memory(self, part: FromMemory, size: int) -> None:
         """Record that a part of ``size`` bytes was sent for what ``next_part`` has just returned."""

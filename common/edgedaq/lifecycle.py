@@ -104,11 +104,15 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """The kernel says that the process has ended; ``code`` is negative for a signal."""
+    """The kernel says that the process has ended; ``code`` is negative for a signal.
+
+    ``was_stopped``: it ended in order, because somebody, not necessarily its supervisor, had told it to.
+    """
 
     code: int
     reason: str = ""
     jitter: float = 0.0
+    was_stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,12 +292,23 @@ def _exited(child: Child, event: Exited, now_ns: int, policy: Policy) -> Result:
         return _enter(child, State.STOPPED, now_ns, reason="stopped"), ()
     if state is State.STOPPING:
         return _after_failure(child, why, event.jitter, now_ns, policy)
+    if event.was_stopped:
+        return _after_stop(child, event, now_ns, policy)
     if event.code == 0 and policy.restart != "always":
         return _enter(child, State.STOPPED, now_ns, reason="finished"), ()
     if event.code == EXIT_CONFIG:
         return _enter(child, State.FAILED, now_ns, reason=event.reason), (Action.ALARM,)
     reason = event.reason or ("finished" if event.code == 0 else f"ended with status {event.code}")
     return _after_failure(child, reason, event.jitter, now_ns, policy)
+
+
+def _after_stop(child: Child, event: Exited, now_ns: int, policy: Policy) -> Result:
+    """Start again what somebody else has stopped; it has not failed, so that costs it no attempt."""
+    reason = "was stopped, not by its supervisor"
+    if policy.restart == "never":
+        return _enter(child, State.STOPPED, now_ns, reason=reason), ()
+    due_ns = now_ns + int(backoff_s(policy, child.attempts, event.jitter) * _S)
+    return _enter(child, State.BACKOFF, now_ns, reason=reason, due_ns=due_ns), ()
 
 
 def _after_failure(child: Child, reason: str, jitter: float, now_ns: int, policy: Policy) -> Result:

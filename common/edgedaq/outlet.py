@@ -3,7 +3,7 @@
 Two threads: its owner puts (a job's main thread), another one calls ``service``. To put is to
 append to an open frame without a lock; see ``stream_writer``. Open frames are sealed when they are full, at
 once while everything published was released (so a lone row travels at once, and rows gather while others are
-on their way), and at the latest ``linger_s`` after their first row.
+on their way, or come within 10 ms of the last), and at the latest ``linger_s`` after their first row.
 
 Other threads than the owner may put too, inside ``side()``: they share streams and slots
 of their own under a lock, so their rows are in order among each other, but not against the main thread's.
@@ -44,6 +44,7 @@ __all__ = ["ArrowWriter", "EventWriter", "Outlet", "PutTimeout", "RawWriter", "T
 W = TypeVar("W", bound=StreamWriter)
 
 _SIDE_SLOTS = 4
+_SIDE_WAIT_S = 1.0
 
 
 class Outlet:
@@ -228,15 +229,28 @@ class Outlet:
     def close(self) -> None:
         """Seal and close all streams as far as there is room, tell the consumers, and give the ring up.
 
-        The ring stays for its consumers; when it has none it is removed.
+        What another thread puts from now on is refused. The ring stays for its consumers; when it has none it
+        is removed.
         """
+        self.gate.shut(f"job {self.identity.job}: has ended, nothing can be put any more")
+        # Nobody is within a put any more: the owner calls this, and who waited for room was refused.
+        is_alone = self._side_lock.acquire(timeout=_SIDE_WAIT_S)
         with self.gate.condition:
             self._finish()
+            self._sealer.let_go()
+        if is_alone:
+            self._side_lock.release()
         self._server.tell()
         self._server.close()
         is_needed = self._server.has_claims or is_claimed(self._dir, self.identity.life)
         self._ring.close(unlink=not is_needed)
         self.gate.close()
+
+    def abandon(self, reason: str) -> None:
+        """Refuse all puts in a process that was forked off: the memory is its parent's."""
+        self.gate.shut(reason)
+        self._side_lock = threading.RLock()  # nobody is left who could give the inherited one back
+        self._sealer.let_go()
 
     def _finish(self) -> None:
         for slot in self._sealer.slots:

@@ -19,14 +19,17 @@ from edgedaq.gate import Gate
 from edgedaq.logsetup import get_logger
 from edgedaq.ring import ProducedRing
 from edgedaq.ring_control import RingBegin, Runs, Subscribe, decode_from_consumer, encode_control
+from edgedaq.ring_frames import walk
 from edgedaq.ring_layout import W_T_FIRST, W_T_PUT
-from edgedaq.salvage import walk
 from edgedaq.sealing import Account, Sealer
 
 __all__ = ["RingServer"]
 
 _RUNS_MAX = 1000
 _CLAIMS_EVERY_NS = 1_000_000_000
+_PACE_NS = 10_000_000
+"""Least time between two seals that are due only because nothing is in flight; a row that comes alone goes at
+once. With 1000 rows a second, put one by one, all processes of both sides took 47 instead of 71 % of a core."""
 
 
 class RingServer:
@@ -46,6 +49,7 @@ class RingServer:
             ClaimFile(ring.path.parent, identity.life, consumer).close()
             self._claims.add(consumer, topics)
         self._claims_due_ns = 0
+        self._sealed_ns = 0
         self._socket: zmq.Socket[bytes] | None = None
         self._queued: deque[tuple[int, int]] = deque()
         self.queued_rows = 0
@@ -137,7 +141,8 @@ class RingServer:
         ring = self.sealer.ring
         topics = {account.stream: account.info.topics for account in self.sealer.accounts}
         for position, frame in walk(ring.buffer, ring.layout, begin, self.sealer.head):
-            yield position, len(frame.raw), frame.stream, topics.get(frame.stream, ())
+            if frame is not None:  # what is damaged is missed by who takes the next frame of its stream
+                yield position, len(frame.raw), frame.stream, topics.get(frame.stream, ())
 
     def _has_file(self, name: str) -> bool:
         path = self.sealer.ring.path
@@ -172,6 +177,7 @@ class RingServer:
         has_peer = self._claims.is_anyone_there
         is_idle = has_peer and sealer.released >= sealer.head
         due: int | None = None
+        sealed = False
         for slot in sealer.slots:
             if slot.account is None or not slot.account.unsealed()[0]:
                 continue
@@ -179,10 +185,15 @@ class RingServer:
             if not words[W_T_PUT]:
                 words[W_T_FIRST], words[W_T_PUT] = utc_ns(), now
             at = words[W_T_PUT] + self._linger_ns
-            if (is_idle or at <= now) and sealer.seal(slot):
+            if is_idle:
+                at = min(at, self._sealed_ns + _PACE_NS)
+            if at <= now and sealer.seal(slot):
+                sealed = True
                 continue
             at = max(at, now + self._linger_ns // 2) if at <= now else at
             due = at if due is None else min(due, at)
+        if sealed:
+            self._sealed_ns = now
         if not self._claims.claims:
             self._advance()
         if due is None and has_peer and sealer.released < sealer.head:

@@ -19,11 +19,9 @@ from edgedaq.frame import decode
 from edgedaq.names import matches_any
 from edgedaq.ring import is_alive, map_ring
 from edgedaq.ring_control import Release, RingBegin, Runs, Subscribe, decode_from_producer, encode_control
-from edgedaq.ring_layout import (
-    W_OPENS_USED,
-    Identity,
-)
-from edgedaq.salvage import read_opens, salvage
+from edgedaq.ring_frames import read_opens
+from edgedaq.ring_layout import Identity
+from edgedaq.salvage import salvage
 from edgedaq.schema import OpenInfo, decode_open
 
 __all__ = ["RUN_BYTES_MAX", "RingView", "Run"]
@@ -69,6 +67,7 @@ class RingView:
         self._begin: int | None = None
         self._cursor = self._told = self._released = 0
         self._tail: list[Run] = []
+        self.damage: list[str] = []
         self.socket: zmq.Socket[bytes] | None = None
         self.is_dead = not is_alive(self._fd)
         if not self.is_dead:
@@ -169,7 +168,8 @@ class RingView:
             resume_at: Position up to which an earlier inlet had released.
 
         Raises:
-            WireError: The memory of the dead is damaged; this ring gives nothing more.
+            WireError: The memory of the dead cannot be read; this ring gives nothing more. What of it is
+                damaged otherwise is in ``damage``.
         """
         if self.socket is not None:
             if is_alive(self._fd):
@@ -179,8 +179,9 @@ class RingView:
             self.socket = None
         self.is_dead = True
         left = salvage(self._buffer)
-        words = self.layout.header_words(self._buffer)
-        self._opens_known = words[W_OPENS_USED]
+        self.damage = left.damage
+        self._opens = left.opens | self._opens
+        self._opens_parsed = self._opens_known
         begin = max(self._cursor, left.released, resume_at)
         if self._begin is None:
             self._begin = self._released = self._told = begin

@@ -28,7 +28,15 @@ from xxhash import xxh3_64_hexdigest
 
 from edgedaq.errors import ConfigError
 
-__all__ = ["InstanceLock", "check_runtime_dir", "default_runtime_dir", "holder", "prepare", "remove"]
+__all__ = [
+    "InstanceLock",
+    "check_runtime_dir",
+    "default_runtime_dir",
+    "holder",
+    "prepare",
+    "remove",
+    "write_pid",
+]
 
 SOCKET_PATH_MAX = 107
 _LONGEST_NAME = "/rings/0123456789abcdef.sock"
@@ -121,8 +129,7 @@ class InstanceLock:
             pid = _read_pid(self._path)
             message = f"already running as process {pid or '?'} with runtime_dir {runtime_dir}"
             raise ConfigError(message)
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        write_pid(self._file)
         prepare(runtime_dir)
 
     def _is_current(self) -> bool:
@@ -152,15 +159,25 @@ class InstanceLock:
             self._file = -1
 
 
+def write_pid(fd: int) -> None:
+    """Note in a locked file whose it is, for people; a directory without room for that is none the worse."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+
+
 def holder(runtime_dir: Path) -> int | None:
-    """Return the pid of the supervisor that runs with this directory, or None. Takes nothing."""
+    """Return the pid of the supervisor that runs with this directory, 0 if that is not known, or None.
+
+    Takes nothing.
+    """
     path = runtime_dir / _LOCK_NAME
     try:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        return None if _try_lock(file) else _read_pid(path)
+        return None if _try_lock(file) else _read_pid(path) or 0
     finally:
         os.close(file)
 

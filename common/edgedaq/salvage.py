@@ -23,6 +23,19 @@ a frame in the opens area             ``opens_used`` or the data area do not hav
 
 The account of a stream is therefore the maximum of what its entry and its frames say: an entry lags at most
 by the frame that was published last, and that frame cannot have been released yet.
+
+Where a job has written over the memory, by a driver that ran out of its buffer, all that is whole is told,
+and for the rest what is known of it (``damage`` says what was found):
+
+=================== ===================================================================================
+damaged             and so
+=================== ===================================================================================
+frames              all behind them comes in ``tail``; each stream then first has its OPEN again and a GAP
+                    from its begin to what is whole: a receiver drops or counts of it what it has not got
+a slot              a GAP with its rows, if its stream is known; else every CLOSE says ``tail_unknown``
+an OPEN             the one among the frames is taken; a stream without any is told of only here
+header, positions   the ring is refused as a whole
+=================== ===================================================================================
 """
 
 from __future__ import annotations
@@ -33,8 +46,8 @@ from edgedaq.delivery import gap_of
 from edgedaq.errors import WireError
 from edgedaq.frame import HEADER_BYTES, Frame, Kind, decode, encode, pack_map
 from edgedaq.open_frames import body_limit, slot_bodies
+from edgedaq.ring_frames import find_opens, walk
 from edgedaq.ring_layout import (
-    PAD,
     STREAMS_MAX,
     W_CLOSED,
     W_COMMIT,
@@ -55,7 +68,9 @@ from edgedaq.ring_layout import (
 )
 from edgedaq.schema import OpenInfo, decode_open
 
-__all__ = ["FrameAt", "Salvaged", "close_body", "read_opens", "salvage", "walk"]
+__all__ = ["FrameAt", "Salvaged", "close_body", "salvage"]
+
+_REASON = "damaged in shared memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +86,8 @@ class FrameAt:
 class Salvaged:
     """All that is left of a life.
 
-    ``frames`` lie in the data area; ``tail`` are frames made of the slots, which follow those.
+    ``frames`` lie in the data area; ``tail`` are frames made of the slots, which follow those. ``damage`` is
+    what was found to be damaged, for a person.
     """
 
     released: int
@@ -79,6 +95,7 @@ class Salvaged:
     opens: dict[int, bytes]
     frames: list[FrameAt]
     tail: list[bytes]
+    damage: list[str]
 
 
 @dataclass(slots=True)
@@ -86,6 +103,7 @@ class _Account:
     next_seq: int = 0
     rows: int = 0
     closed: bool = False
+    is_doubted: bool = False
 
 
 @dataclass(slots=True)
@@ -100,79 +118,107 @@ def salvage(buffer: memoryview) -> Salvaged:
     """Return what a mapped ring holds that was not released; its producer must be dead.
 
     Raises:
-        WireError: The memory is not what a producer leaves, wherever it dies.
+        WireError: It is not a ring, or its positions cannot be.
     """
     layout = read_layout(buffer)
     words = layout.header_words(buffer)
-    released, published, opens_used = words[W_RELEASED], words[W_PUBLISHED], words[W_OPENS_USED]
-    opens = read_opens(buffer, layout, 0, opens_used)
+    released, published = words[W_RELEASED], words[W_PUBLISHED]
+    opens, are_opens_whole = find_opens(buffer, layout, words[W_OPENS_USED])
+    damage = [] if are_opens_whole else ["an OPEN"]
     accounts: dict[int, _Account] = {}
     for index in range(STREAMS_MAX):
         entry = layout.words(buffer, layout.entry_offset(index))
         if entry[W_STREAM]:
             accounts[entry[W_STREAM]] = _Account(entry[W_NEXT_SEQ], entry[W_ROWS], bool(entry[W_CLOSED]))
+            if entry[W_NEXT_SEQ] > published // HEADER_BYTES:
+                damage.append(f"the account of stream {entry[W_STREAM]:016x}")
+                accounts[entry[W_STREAM]] = _Account(is_doubted=True)
     times = _Times(layout.t_birth_ns)
     frames: list[FrameAt] = []
+    tail: list[bytes] = []
+    torn_at: int | None = None
+    mended: set[int] = set()
     for position, frame in walk(buffer, layout, released, published):
-        frames.append(FrameAt(position, len(frame.raw), frame.stream))
+        if frame is None:
+            damage.append(f"frames at {position}")
+            torn_at = position
+            mended.clear()
+            continue
+        if frame.kind is Kind.OPEN:
+            opens.setdefault(frame.stream, bytes(frame.raw))
+        if torn_at is None:
+            frames.append(FrameAt(position, len(frame.raw), frame.stream))
+        elif frame.stream in opens:  # or it is what a message holds that looks like a frame
+            if frame.stream not in mended:
+                mended.add(frame.stream)
+                tail += _mend(frame.stream, opens, frame.seq, frame.row0)
+            tail.append(bytes(frame.raw))
+        else:
+            continue
         times.first_ns = max(times.first_ns, frame.t_first_ns)
         times.put_ns = max(times.put_ns, frame.t_put_ns)
         _apply(accounts.setdefault(frame.stream, _Account()), frame)
-    tail: list[bytes] = []
+    if torn_at is not None:
+        for stream, account in accounts.items():
+            if stream in mended:
+                continue
+            tail += _mend(stream, opens, account.next_seq - account.closed, account.rows)
+            if account.closed:
+                tail.append(_close(stream, account.next_seq - 1, account))
+    is_any_lost = False
     for index in range(layout.slots):
-        tail += _slot_frames(buffer, layout, index, opens, accounts, times)
+        try:
+            tail += _slot_frames(buffer, layout, index, opens, accounts, times)
+        except WireError as e:
+            damage.append(str(e))
+            lost = _lost_slot(layout.slot_parts(buffer, index)[0], layout, accounts)
+            tail += lost
+            is_any_lost |= not lost
     for stream, account in accounts.items():
         if not account.closed and account.next_seq:
-            body = close_body(account.rows)
-            tail.append(encode(Kind.CLOSE, stream, account.next_seq, body, row0=account.rows))
-    return Salvaged(released, published, opens, frames, tail)
+            account.is_doubted |= is_any_lost
+            tail.append(_close(stream, account.next_seq, account))
+    return Salvaged(released, published, opens, frames, tail, damage)
 
 
-def close_body(rows: int) -> bytes:
-    """Return the body of a CLOSE of which nothing is unknown."""
-    return pack_map({"rows": rows, "tail_unknown": False, "bound_s": 0.0})
+def _close(stream: int, seq: int, account: _Account) -> bytes:
+    body = close_body(account.rows, tail_unknown=account.is_doubted)
+    return encode(Kind.CLOSE, stream, seq, body, row0=account.rows)
 
 
-def read_opens(buffer: memoryview, layout: Layout, begin: int, end: int) -> dict[int, bytes]:
-    """Return the OPEN frames between two positions of the opens area, by stream.
+def _mend(stream: int, opens: dict[int, bytes], seq: int, rows: int) -> list[bytes]:
+    """Return what leads a receiver, whatever it has of a stream, to frame ``seq``, which begins at ``rows``.
 
-    Raises:
-        WireError: There are no such frames there.
+    What it has already is a duplicate to it; of the GAP it counts what lies beyond.
     """
-    if not 0 <= begin <= end <= layout.opens_bytes:
-        message = f"the opens area has {layout.opens_bytes} bytes, got {begin} to {end}"
-        raise WireError(message)
-    area = buffer[layout.opens_offset : layout.opens_offset + end]
-    found: dict[int, bytes] = {}
-    while begin < end:
-        frame = decode(area, begin)
-        found[frame.stream] = bytes(frame.raw)
-        begin += len(frame.raw)
+    found = [opens[stream]] if stream in opens else []
+    if seq > 1:
+        found.append(_gap(stream, 1, seq - 1, rows))
     return found
 
 
-def walk(buffer: memoryview, layout: Layout, begin: int, end: int) -> list[tuple[int, Frame]]:
-    """Return position and frame of all between two positions of the data area, checked.
+def _gap(stream: int, first: int, last: int, rows: int | None, row0: int = 0) -> bytes:
+    body = pack_map({"last": last, "rows": rows, "reason": _REASON})
+    return encode(Kind.GAP, stream, first, body, row0=row0)
 
-    Raises:
-        WireError: Something else lies there.
-    """
-    size = layout.ring_bytes
-    if not 0 <= begin <= end <= begin + size or begin % 8:
-        message = f"a ring of {size} bytes cannot hold what lies between {begin} and {end}"
-        raise WireError(message)
-    found: list[tuple[int, Frame]] = []
-    area = buffer[layout.data_offset : layout.data_offset + size]
-    while begin < end:
-        at = begin % size
-        left = size - at
-        if left < HEADER_BYTES or area[at + 8 : at + 16] == PAD:
-            begin += left
-            continue
-        frame = decode(area[: at + min(left, end - begin)], at)
-        found.append((begin, frame))
-        begin += len(frame.raw)
-    return found
+
+def _lost_slot(words: memoryview, layout: Layout, accounts: dict[int, _Account]) -> list[bytes]:
+    """Return a GAP for the rows of a slot that cannot be read; nothing if nobody knows whose they are."""
+    account = accounts.get(words[W_SLOT_STREAM])
+    if account is None or not account.next_seq:
+        return []
+    count = (words[W_COMMIT] >> 32) - (account.rows - words[W_ROW_BASE])
+    rows = count if 0 < count <= layout.slot_bytes else None
+    gap = _gap(words[W_SLOT_STREAM], account.next_seq, account.next_seq, rows, account.rows)
+    account.next_seq += 1
+    account.rows += rows or 0
+    account.is_doubted |= rows is None
+    return [gap]
+
+
+def close_body(rows: int, *, tail_unknown: bool = False) -> bytes:
+    """Return the body of a CLOSE after so many rows, or after nobody knows how many."""
+    return pack_map({"rows": rows, "tail_unknown": tail_unknown, "bound_s": 0.0})
 
 
 def _apply(account: _Account, frame: Frame) -> None:

@@ -274,6 +274,11 @@ class Sealer:
         words[W_T_FIRST] = words[W_T_PUT] = 0
         return True
 
+    def let_go(self) -> None:
+        """Take all writers off their slots, whose memory stays as it is."""
+        for slot in self.slots:
+            slot.unbind()
+
     def release(self, position: int) -> None:
         """Note that nobody reads before ``position`` any more; that memory may be written from now on."""
         self._words[W_RELEASED] = position

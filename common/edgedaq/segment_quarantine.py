@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,15 +35,14 @@ class RecoveryReport:
     problems: list[str] = field(default_factory=list)
 
 
-def set_aside(storage: Storage, file: SegmentFile, report: RecoveryReport) -> None:
-    """Take a whole file out of the log, kept for a human."""
-    target = file.path.with_name(file.path.name + ".bad")
-    file.close()
+def set_aside(storage: Storage, path: Path, report: RecoveryReport) -> None:
+    """Take a whole file, which is closed, out of the log; kept for a human."""
+    target = path.with_name(path.name + ".bad")
     try:
-        storage.rename(file.path, target)
+        storage.rename(path, target)
         report.bad_files.append(target)
     except OSError as e:
-        report.problems.append(f"{file.path}: cannot be set aside: {e}")
+        report.problems.append(f"{path}: cannot be set aside: {e}")
 
 
 def quarantine(storage: Storage, file: SegmentFile, hole: Hole, report: RecoveryReport) -> None:
@@ -80,7 +80,8 @@ def _bad_bytes(storage: Storage, directory: Path) -> int:
     total = 0
     for name in storage.names(directory):
         if name.endswith(".bad"):
-            fd = storage.open(directory / name)
-            total += storage.size(fd)
-            storage.close(fd)
+            with contextlib.suppress(OSError):
+                fd = storage.open(directory / name)
+                total += storage.size(fd)
+                storage.close(fd)
     return total

@@ -37,6 +37,9 @@ __all__ = ["FoundSegment", "Recovered", "RecoveryReport", "recover"]
 
 _COPY_BYTES = 1 << 20
 
+_NO_FILE = {errno.EISDIR, errno.ESPIPE, errno.ENXIO, errno.ELOOP, errno.ENOENT}
+"""What opening or reading a directory, a pipe, a socket or a link to nowhere says."""
+
 SCAN_BYTES = 4 << 30
 """How much of a log is verified at start, newest first; damage further back is found by whoever reads it."""
 
@@ -96,12 +99,18 @@ def recover(
     """
     report = RecoveryReport()
     free = _find_free(storage, directory)
-    files = _find_segments(storage, directory, free, report)
+    firsts = list_segments(storage, directory)
+    files = _find_segments(storage, directory, firsts, free, report)
     try:
-        return _recover(storage, directory, files, free, report, resends, segment_bytes, scan_bytes)
+        found = _recover(storage, directory, files, free, report, resends, segment_bytes, scan_bytes)
     finally:
         for file in files:
             file.close()
+    if firsts and files and firsts[-1] > files[-1].first:
+        # Also the positions of a file that was one, and is none any more, are never used twice.
+        found.next_first = max(found.next_first, firsts[-1] + segment_bytes)
+        found.may_continue = False
+    return found
 
 
 def _recover(
@@ -126,7 +135,8 @@ def _recover(
         kept = [file for file in files if file.first < cut]
         for file in files[len(kept) :]:
             report.cut_bytes += max(0, whole.ends.get(file.first, file.begin) - file.begin)
-            set_aside(storage, file, report)
+            file.close()
+            set_aside(storage, file.path, report)
         del files[len(kept) :]
         if files:
             end = whole.ends.get(files[-1].first, cut)
@@ -170,22 +180,25 @@ def _find_free(storage: Storage, directory: Path) -> list[FreeFile]:
 
 
 def _find_segments(
-    storage: Storage, directory: Path, free: list[FreeFile], report: RecoveryReport
+    storage: Storage, directory: Path, firsts: list[int], free: list[FreeFile], report: RecoveryReport
 ) -> list[SegmentFile]:
     """Return the segments in order, closed: there may be more than a process may open.
 
-    Files that are none, or none any more, go to the free ones. Only a disk error makes one missing: to go on
-    without a file that could not be opened for another reason would give up what is in it.
+    Files that are none, or none any more, go to the free ones. Only a disk error makes one missing, or what is
+    no file: to go on without a file that could not be opened for another reason would give up what is in it.
     """
     files: list[SegmentFile] = []
     empty: list[SegmentFile] = []
-    for first in list_segments(storage, directory):
+    for first in firsts:
+        path = directory / file_name(first)
         try:
             file = SegmentFile(storage, directory, first)
         except OSError as e:
-            if e.errno != errno.EIO:
+            if e.errno not in _NO_FILE and e.errno != errno.EIO:
                 raise
-            report.problems.append(f"{directory / file_name(first)}: cannot be opened: {e}")
+            report.problems.append(f"{path}: cannot be opened: {e}")
+            if e.errno in _NO_FILE:
+                set_aside(storage, path, report)
             continue
         file.close()
         if file.foreign is not None and file.foreign.first > first:
@@ -201,7 +214,7 @@ def _find_segments(
     for file in empty:
         if file.foreign is None and not file.salt and file.first < proven:
             report.problems.append(f"{file.path}: was durable, and has neither a header nor records")
-            set_aside(storage, file, report)
+            set_aside(storage, file.path, report)
         else:
             free.append(FreeFile(file.path, file.size))
     return files

@@ -63,14 +63,12 @@ class SegmentLog:
         limit_bytes: What its files may take on disk, preallocated ones included.
         segment_bytes: Size of a file; a frame or checkpoint that does not fit makes its segment larger.
         reserve_bytes: What must stay free on the file system.
-        resends: Whether whoever appends offers again what was not reported durable before a crash; see
-            ``segment_recovery.py``. True for a journal, False for a spool.
+        resends: See ``segment_recovery.py``. True for a journal, False for a spool.
         first_position: Where a new log begins.
 
     Raises:
         ConfigError: The limits contradict each other.
-        LogError: Another process has the log, or the directory cannot be used. Damage never raises; it is in
-            ``recovery``.
+        LogError: Another process has the log, or the directory is unusable. Damage is told in ``recovery``.
     """
 
     def __init__(
@@ -92,6 +90,8 @@ class SegmentLog:
         """What ``save_cursor`` saved last, also before a restart."""
         self.recovery = RecoveryReport()
         """What was found at start."""
+        self.moved_count = 0
+        """How often the disk failed, and what was not durable lost its place."""
         self._storage: Storage = storage or OsStorage()
         self._segment_bytes = segment_bytes
         self._segments: list[SegmentWriter] = []
@@ -102,9 +102,7 @@ class SegmentLog:
         self._owed: list[Frame] = []
         self._owed_table: StreamTable | None = None
         self._is_closed = False
-        self._state = threading.Lock()
-        self._writing = threading.Lock()
-        self._syncing = threading.Lock()
+        self._state, self._writing, self._syncing = (threading.Lock() for _ in range(3))
         self._pool = SegmentPool(self._storage, directory, segment_bytes, limit_bytes, reserve_bytes)
         self._lock_fd = take_directory(self._storage, directory)
         try:
@@ -123,8 +121,7 @@ class SegmentLog:
     @property
     def begin(self) -> int:
         """Position from which the log can be read."""
-        with self._state:
-            return self._segments[0].first if self._segments else self._end
+        return next(iter(self.sizes()), (self._end, 0))[0]
 
     @property
     def end(self) -> int:
@@ -137,11 +134,6 @@ class SegmentLog:
         return self._durable
 
     @property
-    def used_bytes(self) -> int:
-        """What lies between ``begin`` and ``end``."""
-        return self.end - self.begin
-
-    @property
     def disk_bytes(self) -> int:
         """What the log's files take on disk, preallocated ones included."""
         return self._pool.disk_bytes
@@ -150,6 +142,17 @@ class SegmentLog:
     def unsynced_bytes(self) -> int:
         """What was appended and is not durable: held in memory too."""
         return self._end - self._durable
+
+    @property
+    def is_settled(self) -> bool:
+        """All that was appended is durable, where ``end`` says; nothing is still to be written anew."""
+        with self._writing:
+            return not self._owed and self._end == self._durable
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the first position of each segment, and what its records take; positions also skip some."""
+        with self._state:
+            return [(one.first, min(one.limit, self._end) - one.first) for one in self._segments]
 
     def would_fit(self, size_bytes: int) -> bool:
         """Tell whether frames of that many bytes can be appended now.
@@ -175,8 +178,7 @@ class SegmentLog:
             frames: Each judged ``ACCEPT`` by ``table``, in this order.
 
         Raises:
-            LogFull: There is no room; ``kept`` frames were written, the rest left no trace.
-            LogError: The disk does not take it; likewise.
+            LogFull, LogError: No room, or a disk that takes no more; ``kept`` frames were written.
             WireError: A frame was not what its kind says, or of an unknown stream; it is in the log anyway.
         """
         with self._writing:
@@ -187,7 +189,7 @@ class SegmentLog:
             return self._append(frames, self.table)
 
     def save_cursor(self, cursor: dict[str, object]) -> None:
-        """Write what the owner wants to find again in ``cursor`` after a restart; durable with the next sync.
+        """Write what ``cursor`` is to be after a restart; durable with the next sync.
 
         Raises:
             LogError: There is no room, or the disk does not take it; the cursor is remembered all the same.
@@ -242,7 +244,7 @@ class SegmentLog:
                 if end - enlisted[-1].first > enlisted[-1].size // 2:
                     self._pool.prepare()
                 self._pool.settle()
-            return end
+        return end
 
     def trim(self, before: int) -> int:
         """Give back whole segments that lie before a position; returns the new ``begin``.
@@ -359,6 +361,7 @@ class SegmentLog:
 
     def _give_up(self) -> None:
         """Leave the files that did not become durable, and write what they held into a new one."""
+        self.moved_count += 1  # before anybody can miss a file
         owed = [frame for end, frames in self._unsynced if end > self._durable for frame in frames]
         self._unsynced.clear()
         self._owed = owed

@@ -24,6 +24,7 @@ __all__ = ["ServiceThread"]
 _REPORT_NS = 1_000_000_000
 _POKE_NS = 50_000_000
 _POLL_MAX_MS = 1000
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class ServiceThread:
@@ -47,11 +48,12 @@ class ServiceThread:
     def start(self) -> None:
         """Take over the signals, and begin."""
         signal.set_wakeup_fd(self._signal_write_fd, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _SIGNALS:
             signal.signal(number, _leave_to_service_thread)
         signal.signal(signal.SIGUSR1, self._context.on_poke)
         threading.excepthook = _on_thread_exception
         sys.unraisablehook = self._on_unraisable
+        os.register_at_fork(after_in_child=self._in_child)
         self._thread.start()
 
     def stop(self) -> None:
@@ -62,6 +64,14 @@ class ServiceThread:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for fd in (self._signal_fd, self._signal_write_fd, self._end_fd, self._end_write_fd):
             os.close(fd)
+
+    def _in_child(self) -> None:
+        """Let a process that the job forked off have its own signals, and nothing of this one's."""
+        signal.set_wakeup_fd(-1)
+        for number in (*_SIGNALS, signal.SIGUSR1):
+            if signal.getsignal(number) in (_leave_to_service_thread, self._context.on_poke):
+                signal.signal(number, signal.SIG_DFL)
+        self._context.after_fork()
 
     def _on_unraisable(self, arguments: Any) -> None:
         if arguments.exc_type is JobStopped:

@@ -13,6 +13,9 @@
       │ REPORT ────────────────────────────────► │  statistics of the node; newest wins, may be lost
       │ BYE ◄──────────────────────────────────► │  why the session ends
 
+On the wire a control message is u64 xxh3-64 of the rest (little-endian), then the msgpack map: one that was
+damaged on the way ends the session, which costs a repetition; an ACK that is believed costs what it names.
+
 What a side does about each is in ``session.py`` of the agent and ``sessions.py`` of the aggregator. Unknown
 keys of a map are ignored, so that a newer minor version may add some; an unknown ``type`` is a
 ``WireError``.
@@ -23,8 +26,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
+from xxhash import xxh3_64_intdigest
 
-from edgedaq.errors import WireError
+from edgedaq.errors import ChecksumError, WireError
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -101,7 +105,7 @@ class Ack(Message, frozen=True, kw_only=True):
 
 
 class Resend(Message, frozen=True, kw_only=True):
-    """A part was damaged in transport."""
+    """A part was damaged, most likely in transport: it is to be sent again, each frame looked at before."""
 
     lane: Lane
     position: U64
@@ -109,16 +113,15 @@ class Resend(Message, frozen=True, kw_only=True):
 
 
 class Refused(Message, frozen=True, kw_only=True):
-    """A frame is refused for what it is; a GAP is to replace it (of an OPEN: the whole stream is dropped).
+    """A frame that arrived whole is refused for what it is.
 
-    Its place is ``offset`` bytes behind ``position``; ``stream`` is 0 when nobody can tell whose it is.
+    A GAP is to replace it; of an OPEN: the whole stream is dropped.
     """
 
     lane: Lane
     position: U64
     stream: U64
     seq: U64
-    offset: U64
     code: Word
     text: Text = ""
 
@@ -183,6 +186,7 @@ class Bye(Message, frozen=True, kw_only=True):
 FromUplink = Hello | Ping | Report | Bye
 FromIntake = Welcome | Reject | Ack | Resend | Refused | Unknown | Ahead | Pong | Bye
 
+_CHECK_BYTES = 8
 _ENCODER = msgspec.msgpack.Encoder()
 _FROM_UPLINK: msgspec.msgpack.Decoder[FromUplink] = msgspec.msgpack.Decoder(FromUplink)
 _FROM_INTAKE: msgspec.msgpack.Decoder[FromIntake] = msgspec.msgpack.Decoder(FromIntake)
@@ -190,17 +194,20 @@ _FROM_INTAKE: msgspec.msgpack.Decoder[FromIntake] = msgspec.msgpack.Decoder(From
 
 def encode_message(message: Message) -> bytes:
     """Return a control message as the one part that it is on the wire."""
-    return _ENCODER.encode(message)
+    raw = _ENCODER.encode(message)
+    return xxh3_64_intdigest(raw).to_bytes(_CHECK_BYTES, "little") + raw
 
 
 def decode_from_uplink(part: bytes) -> FromUplink:
     """Return what an uplink said.
 
     Raises:
+        ChecksumError: It was damaged on the way.
         WireError: It is none of an uplink's messages, or a value is outside its limits.
     """
+    raw = _checked(part)
     try:
-        return _FROM_UPLINK.decode(part)
+        return _FROM_UPLINK.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         message = f"not a message of an uplink: {e}"
         raise WireError(message) from e
@@ -210,10 +217,20 @@ def decode_from_intake(part: bytes) -> FromIntake:
     """Return what an intake said.
 
     Raises:
+        ChecksumError: It was damaged on the way.
         WireError: It is none of an intake's messages, or a value is outside its limits.
     """
+    raw = _checked(part)
     try:
-        return _FROM_INTAKE.decode(part)
+        return _FROM_INTAKE.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         message = f"not a message of an intake: {e}"
         raise WireError(message) from e
+
+
+def _checked(part: bytes) -> memoryview:
+    raw = memoryview(part)[_CHECK_BYTES:]
+    if not raw or int.from_bytes(part[:_CHECK_BYTES], "little") != xxh3_64_intdigest(raw):
+        message = f"checksum of a control message of {len(part)} bytes does not match"
+        raise ChecksumError(message)
+    return raw

@@ -77,9 +77,9 @@ class OsStorage:
     """``Storage`` by the operating system."""
 
     def open(self, path: Path, *, write: bool = False, create: bool = False) -> int:
-        """See ``Storage``."""
-        flags = (os.O_RDWR if write else os.O_RDONLY) | (os.O_CREAT if create else 0) | os.O_CLOEXEC
-        return os.open(path, flags, 0o640)
+        """See ``Storage``; never waits for the other end of a pipe that somebody put there."""
+        flags = (os.O_RDWR if write else os.O_RDONLY) | (os.O_CREAT if create else 0)
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o640)
 
     def close(self, fd: int) -> None:
         """See ``Storage``."""

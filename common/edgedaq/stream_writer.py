@@ -147,6 +147,7 @@ class StreamWriter:
 
     def append_gap(self, rows: int | None, reason: str) -> None:
         """Write down that ``rows`` (None: nobody knows how many) were lost before they could be put."""
+        self.gate.interrupt()
 
         def attempt() -> bool | None:
             account = self._sealed()

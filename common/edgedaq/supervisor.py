@@ -75,6 +75,7 @@ class SupervisorSetup:
         on_message: Called with (unique id, message) for each message of a worker that is not about its life.
         on_end: Called once, after the last report.
         facts: Added to ``status``: plain data, asked for at each request.
+        lifeline_fd: Its end is a stop: the other end is held by a process that this one must not outlive.
     """
 
     node: str
@@ -86,6 +87,7 @@ class SupervisorSetup:
     on_message: Callable[[str, dict[str, Any]], None] = _ignore_message
     on_end: Callable[[], None] = _do_nothing
     facts: Callable[[], Mapping[str, Any]] = field(default=dict)
+    lifeline_fd: int | None = None
 
 
 class Supervisor:
@@ -101,6 +103,7 @@ class Supervisor:
         self._stopping: list[int] = []
         self._report_due_ns = 0
         self._is_ready = False
+        self._lifeline_fd = setup.lifeline_fd
         self._notifier = Notifier()
         environment = worker_environment()
         self._workers = {
@@ -162,14 +165,19 @@ class Supervisor:
         poller = zmq.Poller()
         poller.register(wakeup.fileno(), zmq.POLLIN)
         poller.register(control.socket, zmq.POLLIN)
+        if self._lifeline_fd is not None:
+            poller.register(self._lifeline_fd, zmq.POLLIN)
         for worker in self._workers.values():
             if worker.link is not None:
                 flags = zmq.POLLIN | (zmq.POLLOUT if worker.link.has_pending else 0)
                 poller.register(worker.link.fileno(), flags)
-        poller.poll(self._wait_ms())
+        ready = dict(poller.poll(self._wait_ms()))
         for number in arrived(wakeup):
             if number in STOP_SIGNALS:
                 self.stop(signal.Signals(number).name)
+        if self._lifeline_fd in ready:
+            self._lifeline_fd = None
+            self.stop("the process that it belongs to has ended")
         control.service()
         now_ns = mono_ns()
         for worker in self._workers.values():

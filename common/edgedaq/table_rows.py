@@ -7,7 +7,21 @@ from typing import Any
 
 from edgedaq.errors import JobError
 
-__all__ = ["columns_to_rows"]
+__all__ = ["check_row", "columns_to_rows"]
+
+
+def check_row(job: str, row: Any) -> None:
+    """Refuse what is no row: one value alone, or what would be taken for the values in it.
+
+    Raises:
+        JobError: It is not a sequence of values.
+    """
+    if isinstance(row, Mapping | str | bytes) or not hasattr(row, "__iter__"):
+        message = (
+            f"job {job}: rows must be a list of rows, each a list of values, "
+            f"got a {type(row).__name__} as a row"
+        )
+        raise JobError(message)
 
 
 def columns_to_rows(

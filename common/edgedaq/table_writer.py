@@ -24,7 +24,7 @@ from edgedaq.ring_layout import (
 from edgedaq.schema import MISFIT, Schema, pack_rows, row_packer, split_columns, to_columns
 from edgedaq.sealing import Slot
 from edgedaq.stream_writer import EMPTY, NOWHERE, Binding, StreamWriter
-from edgedaq.table_rows import columns_to_rows
+from edgedaq.table_rows import check_row, columns_to_rows
 from edgedaq.values import EXACT_TYPES, fit_values
 
 __all__ = ["ArrowWriter", "TableWriter"]
@@ -51,14 +51,19 @@ class TableWriter(StreamWriter):
             JobError: A row has another number of values than the table has columns.
             PutTimeout: There was no room in time; it says how many rows were taken.
         """
+        row: Any = ()
         put_row = self.put_row
-        if timeout_s is None:
-            for row in rows:
-                put_row(*row)
-            return
-        with self.limit(timeout_s):
-            for row in rows:
-                put_row(*row)
+        try:
+            if timeout_s is None:
+                for row in rows:
+                    put_row(*row)
+                return
+            with self.limit(timeout_s):
+                for row in rows:
+                    put_row(*row)
+        except TypeError:
+            check_row(self.info.job, row)
+            raise
 
     def put_columns(
         self, columns: Mapping[str, Sequence[Any]] | Sequence[Sequence[Any]], timeout_s: float | None = None

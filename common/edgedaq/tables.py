@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 from edgedaq.units import format_bytes, format_seconds
 
@@ -49,7 +49,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, width: int =
 
 def format_status(status: Mapping[str, Any], *, width: int = WIDTH) -> str:
     """Return all that a ``status`` answer says, as tables."""
-    parts = [_text(_header(status))[:width]]
+    header = _header(status)
+    parts = [_text(header)[:width]] if header else []
     jobs = [job for job in status.get("jobs", ()) if isinstance(job, dict)]
     statistics = status.get("statistics")
     rows = statistics if isinstance(statistics, dict) else {}
@@ -63,7 +64,8 @@ def format_status(status: Mapping[str, Any], *, width: int = WIDTH) -> str:
     ):
         found = [cells(job) for job in jobs if job.get("group") == name]
         if found:
-            parts.append(table(columns, found, width=width))
+            problems = [line for job in jobs if job.get("group") == name for line in _problems(job)]
+            parts.append("\n".join([table(columns, found, width=width), *(p[:width] for p in problems)]))
     if rows.get("nodes"):
         parts.append(table(tuple(_NODE_CELLS), [_node_cells(row) for row in rows["nodes"]], width=width))
     if isinstance(status.get("ledger"), str) and status["ledger"]:
@@ -87,6 +89,16 @@ def summary_line(status: Mapping[str, Any]) -> str:
     return text
 
 
+class _Stream(Protocol):
+    """What a live table is written to."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool: ...
+
+
 class LiveTable:
     """Shows text that changes: redrawn in place in a terminal, a line per second elsewhere.
 
@@ -95,7 +107,7 @@ class LiveTable:
         is_terminal: Whether it is one; asked of the stream if not given.
     """
 
-    def __init__(self, stream: TextIO, *, is_terminal: bool | None = None) -> None:
+    def __init__(self, stream: _Stream, *, is_terminal: bool | None = None) -> None:
         self._stream = stream
         self._is_terminal = stream.isatty() if is_terminal is None else is_terminal
         self._is_first = True
@@ -130,7 +142,7 @@ _JOB_COLUMNS = (
     "blocked",
     "cpu %",
 )
-_UPLINK_COLUMNS = ("uplink", "link", "in flight", "spool", "oldest waiting", "lost links")
+_UPLINK_COLUMNS = ("uplink", "link", "up for", "in flight", "spool", "oldest waiting")
 _STORE_COLUMNS = ("store", "state", "stored", "waiting", "lag", "files")
 _NODE_CELLS = {
     "node": "supervisor",
@@ -178,14 +190,14 @@ def _job_cells(job: Mapping[str, Any]) -> list[Any]:
 
 def _uplink_cells(job: Mapping[str, Any]) -> list[Any]:
     extra = _extra(job)
-    oldest_s = extra.get("oldest_unacknowledged_s")
+    oldest_s, age_s = extra.get("oldest_unacknowledged_s"), extra.get("session_age_s")
     return [
         job.get("unique_id"),
         extra.get("link"),
+        None if age_s is None else format_seconds(age_s),
         _bytes(extra.get("in_flight_bytes")),
         _bytes(extra.get("spool_bytes")),
         None if oldest_s is None else format_seconds(oldest_s),
-        extra.get("reconnect_count"),
     ]
 
 
@@ -200,6 +212,13 @@ def _store_cells(job: Mapping[str, Any]) -> list[Any]:
         None if lag_s is None else format_seconds(lag_s),
         extra.get("files"),
     ]
+
+
+def _problems(job: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with an uplink or a store by its own account, in words, one line each."""
+    extra = _extra(job)
+    told = [extra.get(key) for key in ("error", "reason", "spool_problem")]
+    return [_text(f"{job.get('unique_id')}: {text}") for text in told if text]
 
 
 def _node_cells(row: Mapping[str, Any]) -> list[Any]:

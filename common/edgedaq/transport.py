@@ -2,7 +2,7 @@
 
 A session is one DEALER of an uplink connected to the ROUTER of an intake. A ZMQ message is either
 
-- one part: a control message, a msgpack map with a ``type`` (``session_messages.py``), or
+- one part: a control message, a checked msgpack map with a ``type`` (``session_messages.py``), or
 - two parts: DATA, a fixed header and one part of whole frames back to back.
 
 The header of DATA, little-endian, 32 bytes::
@@ -47,6 +47,7 @@ __all__ = [
     "FLAG_REPLAY",
     "MAX_PART_BYTES",
     "PART_BYTES",
+    "PART_BYTES_MIN",
     "PING_INTERVAL_S",
     "SILENCE_LIMIT_S",
     "WINDOW_BYTES",
@@ -62,10 +63,13 @@ __all__ = [
 PART_BYTES = 1 << 20
 """What there is to send is joined up to this; only a single frame may be larger."""
 
+PART_BYTES_MIN = 4096
+"""On a cable that damages many, parts become as small as this, or as one frame."""
+
 MAX_PART_BYTES = MAX_FRAME_BYTES + PART_BYTES
 """No part of any message is larger; libzmq cuts the connection of who tries."""
 
-WINDOW_BYTES = 8 << 20
+WINDOW_BYTES = 16 << 20
 """Default of what may be on its way, unacknowledged, per session and lane."""
 
 PING_INTERVAL_S = 1.0

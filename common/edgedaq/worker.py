@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -45,6 +45,7 @@ from edgedaq.job_context import JobContext, JobStopped, WorkerSpec
 from edgedaq.link import Link, LinkClosed
 from edgedaq.logsetup import configure, get_logger
 from edgedaq.registry import load_class
+from edgedaq.runtime_dir import write_pid
 from edgedaq.service_thread import ServiceThread
 
 __all__ = ["WorkerSpec", "main"]
@@ -57,6 +58,7 @@ _FLUSH_S = 1.0
 _EXIT_LIMIT_S = 2.0
 _PUT_SWITCH_S = 0.001
 _REASON_MAX = 500
+_FINISHED = "finished"
 
 
 def main(arguments: list[str]) -> int:
@@ -93,14 +95,14 @@ def _run(spec: WorkerSpec, link: Link) -> int:
     sys.setswitchinterval(_PUT_SWITCH_S)
     reason, status = "", 0
     service: ServiceThread | None = None
+    pid = os.getpid()
     try:
         service = ServiceThread(context, link, orphan_limit_s=ORPHAN_LIMIT_S)
         service.start()
         _start(job_class, config, context, service)
         reason = "stopped"
         if not context.stop_requested.is_set():
-            reason = "finished"
-            withdraw_claim(context.rings_dir, spec.unique_id)
+            reason = _FINISHED
     except JobStopped:
         reason = "stopped"
     except ConfigError as e:
@@ -111,6 +113,10 @@ def _run(spec: WorkerSpec, link: Link) -> int:
     except BaseException as e:  # the top of the job's main thread
         log.exception("job.failed", reason=_line(e))
         reason, status = _line(e), 1
+    if os.getpid() != pid:
+        _leave_forked(status)
+    if reason == _FINISHED:
+        withdraw_claim(context.rings_dir, spec.unique_id)
     if service is not None:
         service.stop()
     snapshot = context.snapshot(_report_of(service.job if service is not None else None))
@@ -129,6 +135,14 @@ def _start(job_class: type[DAQJob], config: Any, context: JobContext, service: S
     context.send({"type": "started", "pid": os.getpid(), "life": context.life})
     get_logger().info("job.started", pid=os.getpid(), life=context.life)
     job.start()
+
+
+def _leave_forked(status: int) -> NoReturn:
+    """End a process that the job forked off and that came out of ``start``: the rest is its parent's."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _refused(error: ConfigError) -> str:
@@ -217,8 +231,7 @@ def _take_lock(runtime_dir: Path, unique_id: str) -> int:
                 killed = holder
                 deadline = time.monotonic() + _KILL_WAIT_S
             time.sleep(0.02)
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    write_pid(fd)
     return fd
 
 

@@ -186,9 +186,11 @@ class WorkerProcess:
                 cpu_percent=None,
                 rss_bytes=None,
             )
-        reason = self._ended_reason or _reason_of(code)
+        # A process that SIGTERM ends has not begun yet, or it would have taken it.
+        was_stopped = self._ended_reason == "stopped" or code == -signal.SIGTERM
+        reason = "stopped" if was_stopped else self._ended_reason or _reason_of(code)
         self._log.info("job.ended", pid=self.pid, status=code, reason=reason)
-        self.handle(lifecycle.Exited(code, reason, _jitter()))
+        self.handle(lifecycle.Exited(code, reason, _jitter(), was_stopped))
         return True
 
     def settle(self) -> None:

@@ -96,6 +96,22 @@ def test_a_cable_that_flips_bits_and_is_cut_costs_repetitions_but_no_data(hop):
     check_all(hop, 4000)
 
 
+@pytest.mark.parametrize("spool_after", [0.0, 60.0], ids=["from the spool", "from memory"])
+def test_through_a_cable_that_damages_nearly_every_part_all_gets_through_in_smaller_ones(hop, spool_after):
+    intake = hop.intake()
+    with Proxy(hop.port, flip_every_bytes=300_000, seed=5) as proxy:
+        uplink = hop.uplink(port=proxy.port, spool_after=spool_after)
+        job = hop.job(count=1500, size=10_000)
+        job.wait(40)
+        wait_until_delivered(hop, uplink, 40)
+        assert proxy.flipped_count > 20
+        assert uplink.extra["resent"] > 5
+        assert uplink.extra["set_aside"] == 0
+        assert uplink.stop() == 0
+    assert intake.stop() == 0
+    check_all(hop, 1500)
+
+
 def test_a_backlog_on_disk_survives_a_stop_without_aggregator_and_is_delivered_later(hop):
     uplink = hop.uplink()
     assert hop.job(count=2000, size=3000).wait() == 0

@@ -4,6 +4,7 @@ from edgedaq.bad_files import BadFiles
 from edgedaq.delivery import gap_of
 from edgedaq.frame import Kind, decode, encode, pack_map
 from edgedaq.session_messages import Ahead, Pong, Refused, Resend, Unknown
+from edgedaq.transport import PART_BYTES, PART_BYTES_MIN
 from edgedaq_agent.clock_offset import ClockOffset, Offset
 from edgedaq_agent.corrector import Corrector, whole_frames
 
@@ -27,9 +28,9 @@ def names(chunks):
 def test_a_refused_frame_is_set_aside_and_a_gap_takes_its_place(tmp_path):
     made = corrector(tmp_path)
     assert not made.is_needed
-    made.note(Refused(lane=0, position=0, stream=7, seq=2, offset=5, code="body", text="t"), 100, 0)
+    made.note(Refused(lane=0, position=0, stream=7, seq=2, code="body", text="t"), 100, 0)
     assert made.is_needed
-    chunks = made.correct([raw(1), raw(2), raw(3)], 0)
+    chunks = made.correct([raw(1), raw(2), raw(3)])
     assert names(chunks) == [("RAW", 1), ("GAP", 2), ("RAW", 3)]
     frame = decode(memoryview(chunks[1]))
     assert gap_of(frame) == (2, 3, "refused: body")
@@ -42,14 +43,14 @@ def test_a_refused_frame_is_set_aside_and_a_gap_takes_its_place(tmp_path):
 
 def test_a_stream_whose_open_is_refused_is_set_aside_until_its_close_and_others_pass(tmp_path):
     made = corrector(tmp_path)
-    made.note(Refused(lane=0, position=0, stream=7, seq=0, offset=0, code="node", text="t"), 0, 0)
+    made.note(Refused(lane=0, position=0, stream=7, seq=0, code="node", text="t"), 0, 0)
     close = decode(memoryview(encode(Kind.CLOSE, 7, 3, pack_map({"rows": 6}))))
     opened = decode(memoryview(OPEN))
-    chunks = made.correct([opened, raw(1), raw(1, stream=8), raw(2)], 0)
+    chunks = made.correct([opened, raw(1), raw(1, stream=8), raw(2)])
     assert names(chunks) == [("RAW", 1)]
     made.begin_session()
     assert made.is_needed
-    assert made.correct([close], 0) == []
+    assert made.correct([close]) == []
     assert not made.is_needed
 
 
@@ -57,7 +58,7 @@ def test_an_unknown_stream_is_opened_before_its_next_frame_or_set_aside_where_no
     made = corrector(tmp_path, {7: OPEN})
     for stream in (7, 8):
         made.note(Unknown(lane=0, position=0, stream=stream), 0, 0)
-    chunks = made.correct([raw(5), raw(6), raw(1, stream=8)], 0)
+    chunks = made.correct([raw(5), raw(6), raw(1, stream=8)])
     assert names(chunks) == [("OPEN", 0), ("RAW", 5), ("RAW", 6)]
     assert len(list((tmp_path / "bad").glob("*.bad"))) == 1
 
@@ -65,18 +66,11 @@ def test_an_unknown_stream_is_opened_before_its_next_frame_or_set_aside_where_no
 def test_what_neither_side_has_becomes_a_gap_with_its_rows(tmp_path):
     made = corrector(tmp_path)
     made.note(Ahead(lane=0, position=0, stream=7, expected=2, seq=5, rows=9), 0, 0)
-    chunks = made.correct([raw(5)], 0)
+    chunks = made.correct([raw(5)])
     assert names(chunks) == [("GAP", 2), ("RAW", 5)]
     gap = decode(memoryview(chunks[0]))
     assert gap_of(gap)[:2] == (4, 9)
     assert gap.row0 == 3
-
-
-def test_a_frame_refused_by_its_place_alone_is_found_there(tmp_path):
-    made = corrector(tmp_path)
-    at = len(raw(1).raw)
-    made.note(Refused(lane=0, position=40, stream=0, seq=0, offset=at, code="frame", text="t"), 0, 0)
-    assert names(made.correct([raw(1), raw(2)], 40)) == [("RAW", 1), ("GAP", 2)]
 
 
 def test_too_many_problems_at_one_position_are_noticed(tmp_path):
@@ -84,6 +78,20 @@ def test_too_many_problems_at_one_position_are_noticed(tmp_path):
     answers = [made.note(Resend(lane=0, position=8, text=""), 0, 0) for _ in range(21)]
     assert answers == [True] * 20 + [False]
     assert made.note(Resend(lane=0, position=8, text=""), 0, 0)
+
+
+def test_each_damaged_part_halves_the_next_and_what_passes_since_doubles_them_again(tmp_path):
+    made = corrector(tmp_path)
+    assert made.part_bytes == PART_BYTES
+    for _ in range(30):
+        made.note(Resend(lane=0, position=0, text=""), 0, 0)
+    assert made.part_bytes == PART_BYTES_MIN
+    position = 0
+    while made.part_bytes < PART_BYTES:
+        position += PART_BYTES
+        made.passed(position)
+    assert position == 8 * PART_BYTES
+    assert not made.is_needed
 
 
 def test_what_is_damaged_in_memory_is_set_aside_and_the_frames_around_it_pass(tmp_path):

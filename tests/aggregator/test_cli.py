@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -40,14 +41,14 @@ class DAQJobMySensor(DAQJob):
 """
 
 
-def start(*arguments, cwd=None):
+def start(*arguments, cwd=None, stdout=subprocess.PIPE):
     places = [ROOT / "common", ROOT / "agent", ROOT / "aggregator"]
     held = {key: value for key, value in os.environ.items() if key not in ("NOTIFY_SOCKET", "INVOCATION_ID")}
     return subprocess.Popen(
         [sys.executable, "-m", "edgedaq_aggregator.cli", *map(str, arguments)],
         env={**held, "PYTHONPATH": os.pathsep.join(map(str, places))},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         cwd=cwd,
@@ -122,6 +123,38 @@ def test_standalone_stores_the_seeds_two_files_and_ends_with_a_ledger_that_balan
     with (out_dir / "stats_remote.csv").open() as file:
         (last,) = [row for row in csv.DictReader(file) if row["supervisor"] == facts["node"]]
     assert int(last["stored_count"]) == int(last["message_in_count"]) >= len(rows) - 1
+
+
+def test_standalone_goes_on_and_ends_when_nobody_reads_what_it_shows(seed_dir, tmp_path):
+    reading, writing = os.pipe()
+    process = start("standalone", "--config-dir", seed_dir, "--out", tmp_path / "data", stdout=writing)
+    runtime_dir = default_runtime_dir(seed_dir, app.ROLE)
+    assert os.read(reading, 7) == b"writing"
+    # Opened anew, so that not waiting is this end's alone.
+    filling = os.open(f"/proc/self/fd/{writing}", os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(filling, b"." * 65536)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(filling, b".")
+
+    def stored():
+        nodes = status_of(runtime_dir).get("statistics", {}).get("nodes", [])
+        return nodes[-1]["stored_count"] if nodes else 0
+
+    wait_for(process, stored, "stored rows")
+    time.sleep(2.5)  # some lines that find no room
+    before = stored()
+    wait_for(process, lambda: stored() > before, "more stored rows")
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert time.monotonic() - begun < 10
+    assert "the ledger is not shown" in err
+    for fd in (reading, writing, filling):
+        os.close(fd)
 
 
 def test_standalone_warns_of_a_store_that_is_named_but_absent(seed_dir):

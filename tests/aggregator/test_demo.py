@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from edgedaq.worker_process import worker_environment
 from edgedaq_aggregator.demo import NODE, write_configs
 from edgedaq_aggregator.ledger import read_ledger
@@ -132,6 +133,21 @@ def test_a_demo_interrupted_while_it_starts_leaves_nothing_behind(tmp_path):
     output, _ = demo.communicate(timeout=60)
     assert demo.returncode in (0, 1), output
     assert "Traceback" not in output
+
+
+def test_a_demo_that_is_killed_leaves_no_process_behind_and_nothing_half_done(tmp_path):
+    demo = start(tmp_path / "out", 0)
+    assert demo.stdout is not None
+    while not (line := demo.stdout.readline()) or not re.search(r"[1-9]\d* stored", line):
+        assert line, "the demo has ended"
+    started = psutil.Process(demo.pid).children(recursive=True)
+    assert len(started) >= 8
+    demo.kill()
+    demo.communicate(timeout=10)
+    _, alive = psutil.wait_procs(started, timeout=12)
+    assert not alive
+    finish(start(tmp_path / "out", 2))
+    check_files(tmp_path / "out", 2)
 
 
 def test_the_demos_configurations_meet_each_other(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from edgedaq.delivery import StreamTable
 from edgedaq.errors import WireError
-from edgedaq.frame import Kind, decode, encode, pack_map
+from edgedaq.frame import HEADER_BYTES, Kind, decode, encode, pack_map
 from edgedaq.schema import OpenInfo, encode_open
 from edgedaq.session_messages import Ack, Refused, Resend
 from edgedaq.stats import QuantileSketch
@@ -64,6 +64,18 @@ def test_what_was_accepted_before_a_problem_is_kept():
     judged, _, _ = judge(open_frame(7) + data(7, 1) + bytes(damaged) + data(7, 3))
     assert [frame.seq for frame in judged.accepted] == [0, 1]
     assert isinstance(judged.problem, Resend)
+
+
+def test_any_bit_that_is_flipped_on_the_way_leads_to_a_resend_and_never_to_a_verdict():
+    part = open_frame(7) + data(7, 1) + data(7, 2)
+    _, table, owners = judge(open_frame(7))
+    begin = len(open_frame(7)) + len(data(7, 1))
+    for bit in range(8 * begin, 8 * (begin + HEADER_BYTES + 8)):
+        flipped = bytearray(part)
+        flipped[bit // 8] ^= 1 << bit % 8
+        judged = judge_part(table, owners, "n1", header(0, len(flipped)), memoryview(flipped))
+        assert isinstance(judged.problem, Resend), bit
+        assert [frame.seq for frame in judged.accepted] == [1]
 
 
 def test_a_part_of_another_length_than_its_header_says_is_damage():

@@ -17,7 +17,8 @@ import pytest
 import zmq
 from edgedaq.errors import StoreError
 from edgedaq.frame import Kind
-from edgedaq.segment_format import Hole
+from edgedaq.segment_format import Hole, Record
+from edgedaq.segment_reader import SegmentReader
 from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.journal_client import JournalFollower
 from edgedaq_aggregator.journal_messages import Position, Register, Tail, encode, socket_address
@@ -156,6 +157,45 @@ def test_segments_wait_for_every_registered_store_and_go_when_it_is_forgotten(ma
         journal.forget("slow")
         with _serving(journal):
             _until(lambda: journal.begin > begin)
+
+
+def test_thirty_kills_with_little_data_between_them_cost_little_and_what_is_kept_stays_kept(
+    tmp_path, runtime_dir
+):
+    script = """
+import os, sys
+from pathlib import Path
+import zmq
+from edgedaq.clock import mono_ns
+from edgedaq_aggregator.journal import Journal
+from tests.common.log_model import open_of, raw_of
+stream = int(sys.argv[2])
+journal = Journal(Path(sys.argv[1]), Path(sys.argv[3]), limit_bytes=16 << 20,
+    segment_bytes=4 << 20, keep_bytes=8 << 20, stores=[], context=zmq.Context())
+assert journal.would_fit(2000)
+end = journal.append([open_of(stream), raw_of(stream, 1, 1000)])
+while journal.durable < end:
+    journal.service(mono_ns() + 10**10)
+print(journal.used_bytes, journal.disk_bytes, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    for stream in range(1, 31):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "journal"), str(stream), str(runtime_dir)],
+            check=False,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        used_bytes, disk_bytes = map(int, done.stdout.splitlines()[-1].split())
+        assert used_bytes < stream * 20_000
+        assert disk_bytes < used_bytes + (8 << 20) + 4096
+    with SegmentReader(tmp_path / "journal", 0) as reader:
+        found: list[Record | Hole] = []
+        while entries := reader.read(1 << 63):
+            found += entries
+    assert {frame.stream for frame in frames_in(found) if frame.seq == 1} == set(range(1, 31))
 
 
 def test_what_is_kept_for_later_stores_gives_way_when_the_journal_is_full(make):

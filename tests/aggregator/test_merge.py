@@ -262,6 +262,26 @@ def test_what_waits_is_what_the_stores_of_a_stream_lack_and_known_losses_do_not_
     assert node_row(merge, 8)["waiting_count"] is None
 
 
+def test_the_queue_of_a_store_is_what_waits_for_it_alone():
+    merge = Merge()
+    store = Snapshot("my_csv", "DAQJobStoreCSV", "c", 1, 0)
+    update(merge, report(1, JobReport("my_csv", "DAQJobStoreCSV", "RUNNING", current=store), node="hub"))
+    assert job_row(merge, 1, "my_csv")["message_in_queue_size"] is None
+    merge.update_intake("i", {}, streams(a=10), SECOND)
+    merge.update_store("my_csv", "csv", {"a": Stored(6, 0)})
+    merge.update_store("my_raw", "raw", {})
+    assert job_row(merge, 1, "my_csv")["message_in_queue_size"] == 4
+
+
+def test_a_clock_that_was_put_back_makes_no_node_look_dead():
+    merge = Merge()
+    merge.update_intake("i", {"pi-1": {"last_active_ns": UTC + 9 * SECOND}}, {}, SECOND)
+    merge.update_intake("i", {"pi-1": {"last_active_ns": UTC}}, {}, 20 * SECOND)
+    assert node_row(merge, 20)["is_alive"] is True
+    merge.update_intake("i", {"pi-1": {"last_active_ns": UTC}}, {}, 40 * SECOND)
+    assert node_row(merge, 40)["is_alive"] is False
+
+
 def test_reports_about_streams_are_taken_as_far_as_they_are_as_agreed():
     good = ["pi-1", "hv", 3, 10, 1, 0, False, ["csv"]]
     told = {"a": good, "b": good[:5], "c": ["pi-1", "hv", 3, "x", 1, 0, False, []], "d": None}

@@ -29,7 +29,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def test_both_files_have_the_promised_columns_and_a_row_for_all_nodes(tmp_path):
     statistics = Statistics(tmp_path / "out", tmp_path / "state")
     statistics.take(report(1).to_map())
-    statistics.close()
+    statistics.service()
     jobs, nodes = read(tmp_path / "out" / JOBS_FILE), read(tmp_path / "out" / NODES_FILE)
     assert tuple(jobs[0]) == JOB_COLUMNS
     assert tuple(nodes[0]) == NODE_COLUMNS
@@ -127,7 +127,7 @@ def test_the_intake_and_the_stores_tell_through_this_aggregators_own_report(tmp_
         for name, extra in extras.items()
     ]
     statistics.take_own(NodeReport("hub", "0.1.0", "boot", SECOND, SECOND, jobs, life="s1"))
-    statistics.close()
+    statistics.service()
     row = {row["supervisor"]: row for row in read(tmp_path / NODES_FILE)}["pi-1"]
     assert (row["message_in_count"], row["stored_count"], row["waiting_count"]) == ("4", "3", "1")
     assert (row["message_in_megabytes"], row["is_alive"]) == ("1.0", "true")
@@ -147,3 +147,22 @@ def test_files_are_written_once_a_second_not_at_every_call(tmp_path):
     (tmp_path / JOBS_FILE).unlink()
     assert statistics.service() == due_ns
     assert not (tmp_path / JOBS_FILE).exists()
+
+
+def test_the_files_that_remain_say_that_nobody_is_alive_and_how_the_aggregators_own_jobs_ended(tmp_path):
+    statistics = Statistics(tmp_path, tmp_path / "state")
+    statistics.take(report(1).to_map())
+    own = report(1, node="hub")
+    statistics.take_own(own)
+    own.jobs[0].state, own.t_mono_ns = "STOPPED", own.t_mono_ns + 1
+    statistics.take_own(own)
+    statistics.close()
+    jobs = {row["supervisor"]: row for row in read(tmp_path / JOBS_FILE)}
+    assert [(jobs[node]["is_alive"], jobs[node]["state"]) for node in ("hub", "pi-1")] == [
+        ("false", "STOPPED"),
+        ("false", ""),
+    ]
+    nodes = {row["supervisor"]: row for row in read(tmp_path / NODES_FILE)}
+    assert {node: row["is_alive"] for node, row in nodes.items()} == dict.fromkeys(nodes, "false")
+    assert nodes["pi-1"]["message_out_count"] == "5"
+    assert nodes["pi-1"]["last_active"]

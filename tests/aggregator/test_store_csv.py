@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgpack
 import pyarrow as pa
+import pytest
 from edgedaq.batch import arrow_body, arrow_schema_bytes
 from edgedaq.frame import Kind, pack_map
 from edgedaq.schema import Column, Schema
@@ -238,6 +240,8 @@ class TestStoreCSV(FileStoreContract):
                 "z": pa.nulls(2),
                 "t": pa.array([1, None], pa.timestamp("s")),
                 "h": pa.array([1.5, None], pa.float16()),
+                "v": pa.array(['a,"b"', None], pa.string_view()),
+                "s": pa.array([[{"k": 1}], None]),
             }
         )
         feed = Feed()
@@ -245,10 +249,22 @@ class TestStoreCSV(FileStoreContract):
         feed.put(Kind.ARROW, 1, bytes(memoryview(arrow_body(batch))), rows=2, t_first_ns=T0_NS)
         self.feed_all(tmp_path, feed)
         assert self.lines(tmp_path) == [
-            "d,l,n,z,t,h",
-            'x,"[""a"",null]","{""k"":1}",,1970-01-01T00:00:01Z,1.5',
-            '"y,z",,,,,',
+            "d,l,n,z,t,h,v,s",
+            'x,"[""a"",null]","{""k"":1}",,1970-01-01T00:00:01Z,1.5,"a,""b""","[{""k"":1}]"',
+            '"y,z",,,,,,,',
         ]
+
+    @pytest.mark.parametrize(
+        "metadata", [{"a": {b"key": 1}}, {"a": {None: 1}}, {"a": [[[1]]]}, {"a": float("nan")}, {"t": "\n,"}]
+    )
+    def test_an_event_of_any_metadata_is_stored_or_set_aside_and_the_next_is_stored(self, tmp_path, metadata):
+        feed = Feed()
+        feed.open(1, self.config(), form="event", schema=None)
+        for held in (msgpack.packb(metadata), pack_map({"good": 1})):
+            feed.put(Kind.EVENT, 1, len(held).to_bytes(4, "little") + held, rows=1, t_first_ns=T0_NS)
+        refused = len(self.feed_all(tmp_path, feed))
+        assert len(self.lines(tmp_path)) == 1 + 2 - refused
+        assert self.lines(tmp_path)[-1] == '"{""good"":1}",'
 
     def test_a_killed_process_is_continued_by_the_next_one(self, tmp_path):
         count = 60

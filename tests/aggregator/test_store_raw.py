@@ -15,7 +15,7 @@ from edgedaq_aggregator.stores.raw import RawFormat
 
 from tests.contract.faulty_storage import EndedHere, KilledStorage
 from tests.contract.store_contract import FileStoreContract
-from tests.contract.store_feed import NODE, Feed
+from tests.contract.store_feed import NODE, T0_NS, Feed
 
 PAIR = struct.Struct("<qd")
 
@@ -150,3 +150,22 @@ class TestStoreRaw(FileStoreContract):
         frame = feed.rows(1, [[1, None]], general=True)
         self.feed_all(tmp_path, feed)
         assert self.data(tmp_path) == bytes(frame.body)
+
+    def test_a_message_in_pieces_stays_whole_beside_a_damaged_frame_and_over_midnight(self, tmp_path):
+        feed = Feed()
+        feed.open(1, self.config(length_prefix=True, add_date=True), form="raw", schema=None)
+        self.put_bad_frame(feed, 1)
+        feed.put(Kind.RAW, 1, b"head ", flags=FLAG_PIECE | FLAG_FIRST | FLAG_CONTINUES, t_first_ns=T0_NS - 1)
+        feed.put(Kind.RAW, 1, b"tail", rows=1, flags=FLAG_PIECE, t_first_ns=T0_NS)
+        feed.messages(1, [b"next"], t_ns=T0_NS)
+        refusals = self.feed_all(tmp_path, feed)
+        assert [refusal.frame.seq for refusal in refusals] == [1]
+        assert self.data(tmp_path, "2026-04-30_data.dat") == b"\x09\0\0\0head tail"
+        assert self.data(tmp_path, "2026-05-01_data.dat") == b"\x04\0\0\0next"
+
+    def test_a_damaged_frame_just_before_a_message_in_pieces_does_not_tear_it(self, tmp_path):
+        feed = self.raw_feed(length_prefix=True)
+        self.put_bad_frame(feed, 1)
+        feed.pieces(1, [b"head ", b"tail"])
+        self.feed_all(tmp_path, feed, per_commit=10)
+        assert self.data(tmp_path) == b"\x09\0\0\0head tail"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 import pytest
 from edgedaq.batch import (
@@ -157,6 +159,50 @@ def test_every_cut_and_many_flips_of_an_arrow_body_are_wire_errors_or_valid_batc
         except WireError:
             continue
         assert found.num_rows == 20
+
+
+def _compressed() -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    zeros = pa.record_batch({"a": pa.array([0.0] * 100_000)})
+    with pa.ipc.new_stream(sink, zeros.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(zeros)
+    messages = pa.ipc.MessageReader.open_stream(sink.getvalue())
+    messages.read_next_message()
+    return messages.read_next_message().serialize()
+
+
+def _viewing_again_and_again() -> Any:
+    views: Any = pa.array(["x" * (1 << 20)], pa.string_view()).buffers()
+    return pa.Array.from_buffers(
+        pa.string_view(), 100, [None, pa.py_buffer(views[1].to_pybytes() * 100), *views[2:]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("array", "body"),
+    [
+        (pa.array([0.0] * 100_000), _compressed()),
+        (pa.nulls(1_000_000), None),
+        (pa.ListArray.from_arrays(pa.array([0, 1_000_000], pa.int32()), pa.nulls(1_000_000)), None),
+        (pa.RunEndEncodedArray.from_arrays(pa.array([1_000_000], pa.int32()), pa.array(["x" * 100])), None),
+        (pa.array([b""] * 1000, pa.binary(0)), None),
+        (_viewing_again_and_again(), None),
+    ],
+    ids=["compressed", "nothing", "list of nothing", "runs", "no width", "views"],
+)
+def test_an_arrow_body_that_says_much_in_few_bytes_is_a_wire_error(array, body):
+    batch = pa.record_batch({"a": array})
+    body = memoryview(body or arrow_body(batch))
+    with pytest.raises(WireError):
+        to_arrow(info_of(arrow_schema=arrow_schema_bytes(batch.schema)), frame(Kind.ARROW, body, len(array)))
+
+
+def test_texts_in_the_view_layout_become_plain_ones():
+    batch = pa.record_batch({"a": pa.array(["short", "long" * 10, None], pa.string_view())})
+    held = frame(Kind.ARROW, memoryview(arrow_body(batch)), 3)
+    found = to_arrow(info_of(arrow_schema=arrow_schema_bytes(batch.schema)), held)
+    assert found.to_pydict() == batch.to_pydict()
+    assert found.schema.field("a").type == pa.string()
 
 
 def test_a_damaged_arrow_schema_is_a_wire_error():

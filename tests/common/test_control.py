@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 import threading
 
 import msgpack
@@ -93,6 +94,17 @@ def test_a_second_supervisor_is_refused_with_the_pid_of_the_first(runtime_dir):
     assert holder(runtime_dir) is None
     with InstanceLock(runtime_dir):
         pass
+
+
+def test_a_supervisor_starts_where_there_is_no_room_for_its_pid(runtime_dir):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with InstanceLock(runtime_dir):
+            assert holder(runtime_dir) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert holder(runtime_dir) is None
 
 
 def test_a_runtime_directory_is_for_this_user_alone(runtime_dir):

@@ -11,7 +11,7 @@ import pytest
 import zmq
 from edgedaq.claim_files import claim_path, sweep_rings
 from edgedaq.delivery import StreamTable, Verdict, gap_of
-from edgedaq.frame import Kind
+from edgedaq.frame import Frame, Kind
 from edgedaq.inlet import Inlet, withdraw_claim
 from edgedaq.messages import DAQJobMessageStoreRaw, MessageReader
 from edgedaq.outlet import Outlet
@@ -377,7 +377,9 @@ def test_a_process_does_not_see_its_own_ring_and_keeps_its_lock(runtime_dir: Pat
         assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_a_damaged_ring_of_the_dead_is_set_aside_and_the_others_are_drained(runtime_dir: Path) -> None:
+def test_a_damaged_ring_of_the_dead_tells_what_is_whole_and_what_is_not_and_is_kept(
+    runtime_dir: Path,
+) -> None:
     taken = Taken()
     with Producer(runtime_dir, **SMALL) as bad, Producer(runtime_dir, **SMALL) as good:
         bad.ask("rows", first=0, count=1000)
@@ -386,13 +388,25 @@ def test_a_damaged_ring_of_the_dead_is_set_aside_and_the_others_are_drained(runt
         good.kill()
         path = runtime_dir / f"{bad.life}.ring"
         data = bytearray(path.read_bytes())
-        data[-(64 << 10) + 500] ^= 1  # in the first frame of the data area
+        data[-(64 << 10) + 700] ^= 1  # in the first frame of rows in the data area
         path.write_bytes(data)
         (runtime_dir / "0000000000000000.ring").write_bytes(b"no ring")
         with Inlet(runtime_dir, "up", ["store"], retire=True) as inlet:
             pump(inlet, taken, lambda: not inlet.rings)
-    assert rows_of(taken) == [row_of(n) for n in range(1000)]
     assert path.with_suffix(".bad").exists()
+    streams: dict[str, list[Frame]] = {life: [] for life in (bad.life, good.life)}
+    lives = {f.stream: decode_open(f).life for f in taken.frames if f.kind is Kind.OPEN}
+    for frame in taken.frames:
+        streams[lives[frame.stream]].append(frame)
+    taken.frames = streams[good.life]
+    assert rows_of(taken) == [row_of(n) for n in range(1000)]
+    gaps = [gap_of(frame) for frame in streams[bad.life] if frame.kind is Kind.GAP]
+    assert [reason for _, _, reason in gaps] == ["damaged in shared memory"]
+    taken.frames = streams[bad.life]
+    lost = gaps[0][1]
+    assert lost
+    assert rows_of(taken) == [row_of(n) for n in range(lost, 1000)]
+    assert taken.frames[-1].kind is Kind.CLOSE
 
 
 def test_nonsense_on_the_socket_harms_neither_producer_nor_consumers(runtime_dir: Path) -> None:

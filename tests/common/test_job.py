@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import contextlib
+import decimal
+import fractions
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from edgedaq import (
     DAQJob,
@@ -145,6 +148,37 @@ def test_undeclared_numbers_keep_the_type_of_the_first_and_widen_when_they_must(
     for value in (1, 2, 2.5, None, "text", True):
         bench.job.put_rows([[value]], ["v"])
     assert bench.rows() == [(1,), (2,), (2.5,), (None,), ("text",), ("true",)]
+
+
+def test_no_value_of_numpy_or_python_is_refused_for_its_type(bench: Bench) -> None:
+    class Word(str):
+        __slots__ = ()
+
+    odd = [
+        *(np.str_("text"), Word("word"), np.longdouble(1.5), np.clongdouble(1 + 2j), np.float16(0.5)),
+        *(np.array(3.0), np.datetime64("2020-01-01"), np.uint64(2**64 - 1), np.ma.masked),
+        *(decimal.Decimal("1.5"), fractions.Fraction(1, 2), 2**200, float("nan"), 1j),
+        *({"a": 1}, {1}, object()),
+        *(np.ones((2, 2)), np.array([1, "a", None], dtype=object), np.array([np.longdouble(1)])),
+    ]
+    for first in (1, 1.0, "text", True, None, [1.5], b"x"):
+        for n, value in enumerate(odd):
+            bench.job.put_rows([[first, -1], [value, n]], ["x", "n"], tag=f"{first!r}")
+    rows = bench.rows()
+    assert [row[1] for row in rows] == [m for _ in range(7) for n in range(len(odd)) for m in (-1, n)]
+    assert [row[0] for row in rows if row[1] in (0, 1)] == ["text", "word"] * 7
+
+
+@pytest.mark.parametrize("rows", [[1.0], [None], ["text"], [{"a": 1}], np.ones(3), [[1], 5], [[1], None]])
+def test_what_is_no_row_is_refused_with_what_a_row_is(bench: Bench, rows: Any) -> None:
+    for limit_s in (None, 1.0):
+        with pytest.raises(JobError, match=r"job job1: rows must be a list of rows, .* got a "):
+            bench.job.put_rows(rows, ["a"], timeout_s=limit_s)
+
+
+def test_names_of_columns_must_be_text(bench: Bench) -> None:
+    with pytest.raises(JobError, match=r"job job1: rows need keys or a schema, got \(1,\)"):
+        bench.job.put_rows([[1]], [1])  # type: ignore[list-item]
 
 
 def test_tables_are_columns_arrays_or_arrow(bench: Bench) -> None:

@@ -43,6 +43,27 @@ def test_nothing_is_sent_beyond_the_credit():
     assert send(lane, 800).size == 400
 
 
+def test_an_entry_that_is_split_is_sent_acknowledged_and_spooled_like_any_other():
+    lane = lane_with(300, 900, 200)
+    send(lane)
+    whole = lane.next_part(10_000, 300).entries[0]
+    pieces = [Entry(whole.holder, whole.frames[at : at + 300], 1, None, whole.t_ns) for at in (0, 300, 600)]
+    pieces[-1].release_to = whole.release_to
+    lane.split_front(pieces)
+    for size in (300, 300):
+        part = lane.next_part(10_000, 300)
+        assert part.size == size
+        lane.sent_memory(part, size)
+    assert lane.ack(600, 0) == [Release("r", 300)]
+    assert lane.go_back(600)
+    assert [entry.index for entry in lane.next_part(10_000).entries] == [2, 3, 4]
+    groups = lane.plan_spooling(0, NEVER, all_of_it=True)
+    assert [[entry.index for entry in group] for group in groups] == [[2, 3, 4]]
+    lane.spooled(groups, [800])
+    assert lane.durable(800) == [Release("r", 1400)]
+    assert lane.memory_bytes == lane.held_bytes("r") == 0
+
+
 def test_an_acknowledgement_is_cumulative_releases_once_and_may_be_repeated():
     lane = lane_with(400, 700, 900)
     for _ in range(3):

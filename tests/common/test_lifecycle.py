@@ -73,6 +73,21 @@ def test_a_job_that_is_always_wanted_is_started_again_even_when_it_returns():
     assert story.state is State.BACKOFF
 
 
+def test_a_job_that_somebody_else_stopped_is_started_again_at_no_cost():
+    story = running(dataclasses.replace(POLICY, restart_limit=0))
+    for now_s in range(10, 60, 10):
+        assert story.at(now_s, Exited(-15, "stopped", was_stopped=True)) == []
+        assert (story.state, story.child.attempts) == (State.BACKOFF, 0)
+        assert story.at(now_s + 2, Tick()) == [Action.SPAWN]
+        story.at(now_s + 3, Spawned())
+
+
+def test_a_job_that_is_never_started_again_stays_stopped_when_somebody_stopped_it():
+    story = running(dataclasses.replace(POLICY, restart="never"))
+    assert story.at(5, Exited(0, "stopped", was_stopped=True)) == []
+    assert (story.state, story.child.reason) == (State.STOPPED, "was stopped, not by its supervisor")
+
+
 def test_a_failed_job_waits_twice_as_long_each_time_up_to_the_limit():
     story = running()
     waits = []

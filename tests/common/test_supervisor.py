@@ -184,6 +184,22 @@ def test_a_killed_job_comes_back_and_its_account_goes_on(start):
     assert "killed by SIGKILL" in run.log.read_text()
 
 
+def test_a_job_that_somebody_else_stops_comes_back_also_in_its_first_moments(start):
+    run = start(runs="Runs\n")
+    run.wait_running("runs")
+    run.wait(lambda jobs: jobs["runs"]["total"])
+    os.kill(run.jobs()["runs"]["pid"], signal.SIGTERM)
+    run.wait(lambda jobs: jobs["runs"]["restart_count"] == 1)
+    run.wait_running("runs")
+    os.kill(run.jobs()["runs"]["pid"], signal.SIGTERM)
+    begun = run.wait(lambda jobs: jobs["runs"]["state"] == "STARTING" and jobs["runs"]["pid"])
+    os.kill(begun, signal.SIGTERM)
+    run.wait(lambda jobs: jobs["runs"]["restart_count"] == 3)
+    run.wait_running("runs")
+    assert "killed by SIGTERM" not in run.log.read_text()
+    assert run.stop()[0] == 0
+
+
 def test_groups_end_one_after_the_other(start, tmp_path):
     run = start(stores_d="Notes", intake_c="Notes", uplink_b="Notes", a="Notes", a2="Notes")
     run.wait_running("a", "a2", "uplink_b", "intake_c", "stores_d")

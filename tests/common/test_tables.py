@@ -135,3 +135,23 @@ def test_a_live_table_never_scrolls_a_small_terminal(monkeypatch):
     shown = stream.getvalue()
     assert shown.count("\n") <= 4
     assert "x" * 20 not in shown
+
+
+def test_a_store_or_an_uplink_that_cannot_says_why():
+    store = Snapshot("csv", "S", "a", 7, 0, extra={"state": "retrying", "error": "No space left on device"})
+    uplink = Snapshot(
+        "uplink", "U", "b", 8, 0, extra={"link": "down", "reason": "refused", "spool_problem": ""}
+    )
+    text = format_status(
+        status(
+            job("csv", "store", total=store.to_map()),
+            job("uplink", "uplink", total=uplink.to_map()),
+        )
+    )
+    assert "csv: No space left on device" in text.split("\n")
+    assert "uplink: refused" in text.split("\n")
+
+
+def test_a_status_of_nodes_alone_has_no_line_about_a_process():
+    text = format_status({"statistics": {"nodes": [node_row("pi-1")]}})
+    assert text.split("\n")[0].startswith("node ")

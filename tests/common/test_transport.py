@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 from edgedaq.errors import ChecksumError, ConfigError, WireError
 from edgedaq.session_messages import (
@@ -28,6 +29,7 @@ from edgedaq.transport import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 U64 = st.integers(0, 2**64 - 1)
 U32 = st.integers(0, 2**32 - 1)
@@ -44,7 +46,7 @@ INTAKE = [
     Reject(code="protocol", text="words", retry_after_s=1.5),
     Ack(lane=0, durable=2**63, credit=2**64 - 1),
     Resend(lane=0, position=7, text="damaged"),
-    Refused(lane=0, position=7, stream=2**64 - 1, seq=3, offset=64, code="node", text="not yours"),
+    Refused(lane=0, position=7, stream=2**64 - 1, seq=3, code="node", text="not yours"),
     Unknown(lane=0, position=7, stream=9),
     Ahead(lane=0, position=7, stream=9, expected=1, seq=5, rows=None),
     Pong(t_mono_ns=1, t_utc_ns=2, received_utc_ns=3, sent_utc_ns=4),
@@ -113,6 +115,17 @@ def test_a_message_cut_at_any_byte_is_refused(message):
                 decode(raw[:end])
 
 
+@pytest.mark.parametrize("message", [*UPLINK, *INTAKE], ids=lambda message: type(message).__name__)
+def test_a_message_in_which_any_bit_was_flipped_is_refused_as_damaged(message):
+    raw = encode_message(message)
+    for bit in range(8 * len(raw)):
+        flipped = bytearray(raw)
+        flipped[bit // 8] ^= 1 << bit % 8
+        for decode in (decode_from_intake, decode_from_uplink):
+            with pytest.raises(ChecksumError):
+                decode(bytes(flipped))
+
+
 @settings(max_examples=200)
 @given(st.one_of(st.binary(max_size=200), st.sampled_from([*UPLINK, *INTAKE]).map(encode_message)), st.data())
 def test_garbled_messages_raise_wire_errors_and_nothing_else(raw, data):
@@ -141,9 +154,8 @@ def test_values_outside_their_limits_are_refused():
 
 
 def _hello_with(changes):
-    import msgspec
-
-    return msgspec.msgpack.encode({"type": "HELLO", **msgspec.structs.asdict(HELLO), **changes})
+    raw = msgspec.msgpack.encode({"type": "HELLO", **msgspec.structs.asdict(HELLO), **changes})
+    return xxh3_64_intdigest(raw).to_bytes(8, "little") + raw
 
 
 def test_a_newer_minor_version_may_add_keys():

@@ -122,4 +122,16 @@ class FullStorage(OsStorage):
         return super().pwritev(fd, buffers, offset)
 
 
+class ReadOnlyStorage(OsStorage):
+    """Files of one name may not be written to, whoever asks (root may write everything)."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def lock(self, path: Path) -> int:
+        if path.name == self._name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return super().lock(path)
+
+
 Storages = Callable[[int], KilledStorage]

@@ -5,18 +5,27 @@ A store's test inherits ``StoreContract`` and says how its backend is made, and 
 
 from __future__ import annotations
 
+import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from edgedaq.storage import OsStorage, Storage
 from edgedaq_aggregator.stores.backend import Backend, Refusal
+from edgedaq_aggregator.stores.data_files import OPEN_FILES_MAX
 from edgedaq_aggregator.stores.engine import StoreEngine
 from edgedaq_aggregator.stores.loop import StoreLoop
 
-from tests.contract.faulty_storage import EndedHere, FullStorage, KilledStorage, PowerCutStorage
+from tests.contract.faulty_storage import (
+    EndedHere,
+    FullStorage,
+    KilledStorage,
+    PowerCutStorage,
+    ReadOnlyStorage,
+)
 from tests.contract.store_feed import DAY_NS, NODE, T0_NS, Feed, FeedFollower, flat
 
 Pairs = list[tuple[int, float]]
@@ -239,6 +248,41 @@ class StoreContract:
         feed.open(1, self.config())
         expected = feed.pairs(1, 0, 10)
         storage = FullStorage(tmp_path / "out")
+        with self.looping(tmp_path, feed, storage) as (loop, followers):
+            _wait_for(lambda: bool(followers and followers[-1].reported))
+            reported = followers[-1].reported[-1]
+            storage.is_full = True
+            expected += feed.pairs(1, 10, 10)
+            _wait_for(lambda: loop.report()["error"] is not None and storage.refused_count > 0)
+            assert "No space left" in loop.report()["error"]
+            assert max(flat(f.reported for f in followers)) == reported
+            _wait_for(lambda: loop.report()["lag_s"] > 0.3)
+            storage.is_full = False
+            _wait_for(lambda: max(flat(f.reported for f in followers)) == feed.position)
+            _wait_for(lambda: loop.report()["error"] is None and loop.report()["lag_bytes"] == 0)
+        assert self.read_pairs(tmp_path, "data.dat") == expected
+        report = loop.report()
+        assert report["streams"][f"{1:016x}"] == [3, 20, 0, False]
+        assert report["stored_rows"] == report["in_count"] == 20
+
+    def test_frames_of_other_stores_at_the_end_of_the_journal_do_not_make_it_lag(self, tmp_path):
+        feed = Feed()
+        feed.open(1, self.config())
+        feed.open(9, {"other": {}})
+        feed.pairs(1, 0, 10)
+        feed.pairs(9, 0, 10)
+        with self.looping(tmp_path, feed, OsStorage()) as (loop, followers):
+            _wait_for(lambda: bool(followers and feed.position in followers[-1].reported))
+            _wait_for(lambda: loop.report().get("lag_bytes") == 0)
+            feed.pairs(9, 10, 10)
+            _wait_for(lambda: feed.position in followers[-1].reported)
+            _wait_for(lambda: loop.report()["lag_bytes"] == 0 and loop.report()["lag_s"] == 0.0)
+
+    @contextmanager
+    def looping(
+        self, base: Path, feed: Feed, storage: Storage
+    ) -> Iterator[tuple[StoreLoop, list[FeedFollower]]]:
+        """Run the store on a feed in a thread of its own, until the block is left."""
         stop = threading.Event()
         followers: list[FeedFollower] = []
 
@@ -248,35 +292,71 @@ class StoreContract:
 
         loop = StoreLoop(
             self.key,
-            make_backend=lambda: self.make_backend(tmp_path, storage),
+            make_backend=lambda: self.make_backend(base, storage),
             follow=follow,
-            bad_dir=tmp_path / "bad",
+            bad_dir=base / "bad",
             stop=stop,
         )
         thread = threading.Thread(target=loop.run)
         thread.start()
         try:
-            _wait_for(lambda: bool(followers and followers[-1].reported))
-            reported = followers[-1].reported[-1]
-            storage.is_full = True
-            expected += feed.pairs(1, 10, 10)
-            _wait_for(lambda: loop.report()["error"] is not None and storage.refused_count > 0)
-            assert "No space left" in loop.report()["error"]
-            assert max(flat(f.reported for f in followers)) == reported
-            storage.is_full = False
-            _wait_for(lambda: max(flat(f.reported for f in followers)) == feed.position)
-            _wait_for(lambda: loop.report()["error"] is None and loop.report()["lag_bytes"] == 0)
+            yield loop, followers
         finally:
             stop.set()
             thread.join()
-        assert self.read_pairs(tmp_path, "data.dat") == expected
-        report = loop.report()
-        assert report["streams"][f"{1:016x}"] == [3, 20, 0, False]
-        assert report["stored_rows"] == 20
 
 
 class FileStoreContract(StoreContract):
     """What stores that append to files promise besides."""
+
+    @pytest.mark.parametrize("is_overwriting", [False, True])
+    def test_a_file_replaced_by_a_directory_holds_nothing_up(self, tmp_path, is_overwriting):
+        feed = Feed()
+        feed.open(1, self.config(overwrite=is_overwriting))
+        feed.open(2, self.config("other.dat"))
+        first = feed.pairs(1, 0, 500)
+        other = feed.pairs(2, 0, 5)
+        self.feed_all(tmp_path, feed)
+        data = tmp_path / "out" / NODE / "data.dat"
+        data.rename(data.with_name("old.dat"))
+        data.mkdir()
+        second = feed.pairs(1, 500, 5)
+        other += feed.pairs(2, 5, 5)
+        self.feed_all(tmp_path, feed)
+        assert data.is_dir()
+        assert self.read_pairs(tmp_path, "old.dat") == first
+        assert self.read_pairs(tmp_path, "other.dat") == other
+        redirected = f"_refused/{1:016x}.{self.key}"
+        assert self.read_pairs(tmp_path, redirected if is_overwriting else "data.2.dat") == second
+
+    def test_more_files_than_a_process_may_open_fit_into_one_commit(self, tmp_path):
+        feed = Feed()
+        count = OPEN_FILES_MAX + 100
+        for stream in range(1, count + 1):
+            feed.open(stream, self.config(f"{stream}.dat"))
+        expected = {stream: feed.pairs(stream, stream, 2) for stream in range(1, count + 1)}
+        expected[1] += feed.pairs(1, 7, 2)
+        open_count = len(list(Path("/proc/self/fd").iterdir()))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_count + count - 50, hard))
+        try:
+            self.feed_all(tmp_path, feed, per_commit=10 * count)
+            self.feed_all(tmp_path, feed)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert {stream: self.read_pairs(tmp_path, f"{stream}.dat") for stream in expected} == expected
+
+    def test_a_file_that_may_not_be_written_any_more_is_left_alone(self, tmp_path):
+        feed = Feed()
+        feed.open(1, self.config())
+        first = feed.pairs(1, 0, 5)
+        self.feed_all(tmp_path, feed)
+        second = feed.pairs(1, 5, 5)
+        self.feed_all(tmp_path, feed, ReadOnlyStorage("data.dat"))
+        second += feed.pairs(1, 10, 5)
+        self.feed_all(tmp_path, feed)
+        assert self.read_pairs(tmp_path, "data.dat") == first
+        assert self.read_pairs(tmp_path, "data.2.dat") == second
 
     def test_rows_go_to_the_file_of_their_own_date(self, tmp_path):
         feed = Feed()

@@ -143,7 +143,10 @@ class FeedFollower:
         if found:
             last = found[-1]
             self.position = last.end if isinstance(last, Record) else last.last
-        return found
+        return [entry for entry in found if isinstance(entry, Hole) or self._is_wanted(entry.frame)]
+
+    def _is_wanted(self, frame: Frame) -> bool:
+        return frame.kind is Kind.OPEN or self._wants(frame.stream)
 
     def report(self, position: int) -> None:
         self.reported.append(position)

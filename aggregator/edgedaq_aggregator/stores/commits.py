@@ -22,11 +22,13 @@ The first record is the whole state, each later one what changed. Payload::
     position  int | nil   the journal is consumed up to here (exclusive)
     clean     bool        written at an orderly end: a longer file was then made longer by someone else
     files     {path below out_dir: [end, start, digest, header, owner, sealed]}
-                          the file holds rows up to ``end``; the last commit wrote start .. end, of which
-                          digest is the xxh3-64; header is the xxh3-64 of its first line (0: none); owner
-                          the stream of a file that holds only one (0: shared); sealed: it is left alone
+                          the file holds rows up to ``end``; digest is the xxh3-64 of start .. end, which
+                          the last commit wrote (or it and those before it); header is the xxh3-64 of its
+                          first line (0: none); owner the stream of a file that holds only one (0: shared);
+                          sealed: it is left alone
     streams   {16 hex: account}   the fields of ``StreamState`` from next_seq on
     opens     {16 hex: frame}     OPEN of streams that are new in this record
+              keys that a reader does not know are passed over
 
 A file that has no mark is declared, with what it holds already, before the first byte is written to it.
 

@@ -68,6 +68,13 @@ class _CsvEncoder:
         self._header = b""
 
     def encode(self, frames: Sequence[Frame]) -> list[Piece]:
+        try:
+            return self._pieces(frames)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError) as e:
+            message = f"there is no CSV form of it: {e}"
+            raise WireError(message) from e
+
+    def _pieces(self, frames: Sequence[Frame]) -> list[Piece]:
         first = frames[0].kind
         if first is Kind.RAW:
             messages = [message.hex() for message in _whole_messages(frames)]
@@ -80,14 +87,10 @@ class _CsvEncoder:
                 pa.array([payload.hex() for _, payload in events], pa.string()),
             ]
             return [self._piece(["metadata", "payload"], arrays)]
-        try:
-            return [
-                self._piece(batch.schema.names, [_text(column) for column in batch.columns])
-                for batch in self._decoder.batches(frames)
-            ]
-        except pa.ArrowException as e:
-            message = f"a column has no CSV form: {e}"
-            raise WireError(message) from e
+        return [
+            self._piece(batch.schema.names, [_text(column) for column in batch.columns])
+            for batch in self._decoder.batches(frames)
+        ]
 
     def _piece(self, names: list[str], columns: Sequence[Any]) -> Piece:
         if names != self._names:
@@ -148,7 +151,10 @@ def _json(column: Any) -> Any:
         column = column.cast(pa.list_(kind.value_type))
     flat = column.values
     inner = flat.type
-    if pa.types.is_nested(inner):
+    texts: Any
+    if pa.types.is_struct(inner) or pa.types.is_map(inner):
+        texts = pa.array([_dumped(value) for value in flat.to_pylist()], pa.string())
+    elif pa.types.is_nested(inner):
         texts = _json(flat)
     elif pa.types.is_string(inner) or pa.types.is_large_string(inner):
         texts = pa.array(

@@ -5,7 +5,9 @@ knows. Anyone else may touch it at any time, so before the first append after ea
 what is known, and if it was:
 
 ============================ ==============================================================================
-moved away or deleted        a warning; it is complete as it is, rows go on in a new file of its name
+moved away or deleted        a warning; it is complete as it is, rows go on in a new file of its name, or,
+                             if a directory has it now, in ``name.2.csv``
+made read-only               no difference to this process; the next one leaves it alone, as if made longer
 made longer than written     a warning; it is left alone (sealed), rows go on in ``name.2.csv``
 made shorter than written    an error that says what is lost; renamed to ``name.csv.1.bad``, as if moved away
 ============================ ==============================================================================
@@ -74,10 +76,10 @@ class DataFiles:
                 continue
             if is_damaged:
                 self._seal(name, "the commit records are damaged")
+            elif path.is_symlink() or not path.is_file():
+                self._forget_moved(name, mark)
             elif mark.owner:
                 self._recover_owned(name, path, mark)
-            elif path.is_symlink() or not path.exists():
-                self._forget_moved(name, mark)
             elif path.stat().st_size < mark.end:
                 self._quarantine(name, path, mark.end, path.stat().st_size)
             elif path.stat().st_size > mark.end:
@@ -193,7 +195,7 @@ class DataFiles:
         mark = self._marks.get(name)
         if mark is not None and (mark.sealed or mark.header != digest or mark.owner):
             return None
-        if mark is not None and not path.exists():
+        if mark is not None and not path.is_file():
             self._forget_moved(name, mark)
             mark = None
         if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -223,10 +225,16 @@ class DataFiles:
     def _open_file(
         self, path: Path, name: str, digest: int, compress: Compressor | None, owner: int = 0
     ) -> DataFile | None:
+        self._make_room()
         is_new = not path.exists()
         try:
             fd = self._storage.lock(path)
         except BlockingIOError:
+            return None
+        except PermissionError:
+            if is_new:
+                raise
+            self._seal(name, "it may not be written to")
             return None
         except OSError as e:
             if e.errno in _REFUSALS:
@@ -241,6 +249,17 @@ class DataFiles:
         if is_new:
             self._new_directories.add(path.parent)
         return file
+
+    def _make_room(self) -> None:
+        """Close files, those used longest ago first, also in the middle of a commit: made durable before."""
+        idle = [file for file in self._open.values() if not file.pins and file.replaces is None]
+        idle.sort(key=lambda file: file.last_used)
+        for file in idle[: max(len(self._open) + 1 - OPEN_FILES_MAX, 0)]:
+            if file.is_dirty:
+                file.flush(self._storage)
+                self._storage.fdatasync(file.fd)
+                self._marks[file.name] = self._changes[file.name] = file.mark()
+            self._drop(file)
 
     def _own(
         self, directory: Path, base: str, digest: int, compress: Compressor | None, owner: int
@@ -312,9 +331,6 @@ class DataFiles:
 
     def _recover_owned(self, name: str, path: Path, mark: FileMark) -> None:
         """A replacing file may have its name without a record: its stream comes again, and replaces it."""
-        if path.is_symlink() or not path.exists():
-            self._forget(name)
-            return
         fd = self._storage.open(path, write=True)
         try:
             if self._storage.size(fd) >= mark.end and self._holds(fd, mark):

@@ -63,6 +63,8 @@ class StoreEngine:
         for account in [*self.table.tombstones.values(), *self.table.streams.values()]:
             self.committed[account.stream] = replace(account)
         self.in_count = self.in_bytes = self.last_in_ns = 0
+        self.committed_in = (0, 0)
+        """``in_count`` and ``in_bytes`` as of the last commit; after a failure the rest comes again."""
         self.duplicate_count = self.refused_count = 0
         self.stored_rows = self.stored_bytes = 0
         self.stored_by_node: dict[str, int] = {}
@@ -78,7 +80,7 @@ class StoreEngine:
         self._changed: dict[int, None] = {}
         self._ended: list[int] = []
         self._has_marks = False
-        self._under_way: tuple[Change, dict[str, int], int] | None = None
+        self._under_way: tuple[Change, dict[str, int], int, tuple[int, int]] | None = None
         self._written_bytes = 0
         self._log = structlog.get_logger().bind(store=key)
 
@@ -131,6 +133,10 @@ class StoreEngine:
                     self._take(frame, entry.first)
             self.position = entry.last
 
+    def reach(self, position: int) -> None:
+        """Learn that everything before ``position`` was given to ``take``, or is not for this store."""
+        self.position = position
+
     def commit(self, *, is_clean: bool = False) -> Callable[[], None]:
         """Write everything gathered; return what makes it durable in any thread, before ``committed_now``."""
         self._write_all()
@@ -148,7 +154,7 @@ class StoreEngine:
         self._ended.clear()
         change = Change(self._pieces.position(self.position), accounts=accounts, clean=is_clean)
         make_durable = self._backend.commit(change)
-        self._under_way = change, stored, self._written_bytes
+        self._under_way = change, stored, self._written_bytes, (self.in_count, self.in_bytes)
         self._written_bytes = self.uncommitted_bytes = 0
         self._changed = dict.fromkeys(self._pieces.streams())
         self._has_marks = False
@@ -158,7 +164,7 @@ class StoreEngine:
         """Be told that the commit under way is durable."""
         if self._under_way is None:
             return
-        change, stored, body_bytes = self._under_way
+        change, stored, body_bytes, self.committed_in = self._under_way
         self._under_way = None
         self._backend.committed()
         self.committed_position = change.position

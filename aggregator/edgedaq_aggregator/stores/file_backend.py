@@ -20,7 +20,7 @@ import structlog
 from edgedaq.clock import utc_date
 from edgedaq.delivery import StreamTable
 from edgedaq.errors import ConfigError, StoreError, WireError
-from edgedaq.frame import Frame, decode
+from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Frame, decode
 from edgedaq.open_info import OpenInfo, decode_open
 from edgedaq.storage import Storage
 
@@ -241,20 +241,21 @@ class FileBackend:
             return
         opened = held.info.t_open_ns
 
-        def day_of(frame: Frame) -> int:
-            return max(frame.t_first_ns or opened, 0) // _NS_PER_DAY
+        def day_of(unit: list[Frame]) -> int:
+            return max(unit[0].t_first_ns or opened, 0) // _NS_PER_DAY
 
-        for day, group in itertools.groupby(frames, day_of):
-            yield day, list(group)
+        for day, group in itertools.groupby(_units(frames), day_of):
+            yield day, list(itertools.chain.from_iterable(group))
 
     def _encode(self, encoder: Encoder, frames: list[Frame], refused: list[Refusal]) -> list[Piece]:
         try:
             return encoder.encode(frames)
         except WireError as e:
-            if len(frames) == 1:
-                refused.append(Refusal(frames[0], str(e)))
+            units = _units(frames)
+            if len(units) == 1:
+                refused += [Refusal(frame, str(e)) for frame in frames]
                 return []
-        return [piece for frame in frames for piece in self._encode(encoder, [frame], refused)]
+        return [piece for unit in units for piece in self._encode(encoder, unit, refused)]
 
     def _append(self, stream: int, held: _Stream, day: int, piece: Piece) -> None:
         file = held.files.get((day, piece.header))
@@ -284,3 +285,16 @@ class FileBackend:
                 raise StoreError(str(e)) from e
             held.options = self._refused(stream, held.info, str(e))
             return self._locate(stream, held, -1, header)
+
+
+def _units(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Return what must stay together: single frames, and all pieces of one message."""
+    units: list[list[Frame]] = []
+    is_within = False
+    for frame in frames:
+        if is_within:
+            units[-1].append(frame)
+        else:
+            units.append([frame])
+        is_within = bool(frame.flags & FLAG_PIECE and frame.flags & FLAG_CONTINUES)
+    return units

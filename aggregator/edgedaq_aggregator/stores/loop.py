@@ -42,8 +42,10 @@ PAUSE_MAX_S = 30.0
 STOP_LIMIT_S = 2.0
 READ_MS = 100
 READ_MS_COMMITTING = 5
+REPORT_EVERY_S = 0.5
 REPORTED_STREAMS_MAX = 256
 SET_ASIDE_MAX = 64
+TAILS_MAX = 1024
 
 
 class Follower(Protocol):
@@ -103,7 +105,7 @@ class StoreLoop:
         self._error: str | None = None
         self._past: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
         self._past_by_node: dict[str, int] = {}
-        self._current_s = 0.0
+        self._tails: list[tuple[int, float]] = []
         self._report: dict[str, Any] = {}
         self._report_due_s = 0.0
         self._last_commit_s = 0.0
@@ -111,8 +113,12 @@ class StoreLoop:
 
     def report(self) -> dict[str, Any]:
         """Return the facts for status; for any thread."""
-        state = "following" if self._error is None else "retrying"
-        return {**self._report, "state": state, "error": self._error}
+        told, error = self._report, self._error
+        if error is None:
+            return {**told, "state": "following", "error": None}
+        since_s = round(time.monotonic() - self._report_due_s + REPORT_EVERY_S, 3)
+        lag_s = told.get("lag_s", 0.0) + max(since_s, 0.0)  # nothing is stored meanwhile
+        return {**told, "state": "retrying", "error": error, "lag_s": lag_s}
 
     def run(self) -> None:
         """Return when told to stop, everything that was readable then committed."""
@@ -157,6 +163,8 @@ class StoreLoop:
             self._beat()
             had_changes = engine.has_changes
             engine.take(entries)
+            if has_begun and follower.position is not None:
+                engine.reach(follower.position)
             now = time.monotonic()
             if not had_changes:
                 begun_s = now
@@ -200,18 +208,16 @@ class StoreLoop:
             follower.report(engine.committed_position)
 
     def _refresh(self, engine: StoreEngine, follower: Follower, now: float) -> None:
-        """Make the report anew, twice a second."""
+        """Make the report anew, when it is due."""
         if now < self._report_due_s:
             return
-        self._report_due_s = now + 0.5
+        self._report_due_s = now + REPORT_EVERY_S
         counts = {name: self._past[name] + getattr(engine, name) for name in _COUNTERS}
         by_node = dict(self._past_by_node)
         _add(by_node, engine.stored_by_node)
         newest = list(engine.committed.values())[-REPORTED_STREAMS_MAX:]
         position = engine.committed_position or follower.position or 0
         lag_bytes = max(follower.tail - position, 0)
-        if not lag_bytes:
-            self._current_s = now
         self.in_count, self.in_bytes = counts["in_count"], counts["in_bytes"]
         self.last_in_ns = engine.last_in_ns or self.last_in_ns
         self._report = {
@@ -219,7 +225,7 @@ class StoreLoop:
             **engine.facts(),
             "stored": {node: {"stored_rows": rows} for node, rows in by_node.items()},
             "lag_bytes": lag_bytes,
-            "lag_s": round(now - self._current_s, 3) if lag_bytes and self._current_s else 0.0,
+            "lag_s": round(self._lag_s(position, follower.tail, now), 3),
             "last_commit_s": round(max(now - self._last_commit_s, 0.0), 3) if self._last_commit_s else None,
             "streams": {
                 f"{state.stream:016x}": [state.next_seq, state.rows, state.gap_rows, state.closed]
@@ -227,9 +233,21 @@ class StoreLoop:
             },
         }
 
+    def _lag_s(self, position: int, tail: int, now: float) -> float:
+        """Return since when the oldest of what is not committed has been readable, as this process saw it."""
+        if not self._tails or self._tails[-1][0] < tail:
+            self._tails.append((tail, now))
+        while self._tails and self._tails[0][0] <= position:
+            del self._tails[0]
+        if len(self._tails) > TAILS_MAX:
+            del self._tails[1::2]
+        return now - self._tails[0][1] if self._tails else 0.0
+
     def _fold(self, engine: StoreEngine) -> None:
         for name in _COUNTERS:
             self._past[name] += getattr(engine, name)
+        self._past["in_count"] += engine.committed_in[0] - engine.in_count
+        self._past["in_bytes"] += engine.committed_in[1] - engine.in_bytes
         _add(self._past_by_node, engine.stored_by_node)
 
     def _set_aside(self, refusal: Refusal) -> None:
