@@ -35,14 +35,9 @@ class ClockOffset:
         self._utc_minus_mono_ns: int | None = None
 
     def add(self, pong: Pong, t_mono_ns: int, t_utc_ns: int) -> None:
-        """Take an answer that arrived at these times of this node.
-
-        After a step of this node's wall clock, what was measured before it is forgotten.
-        """
-        if self._utc_minus_mono_ns is None or abs(t_utc_ns - t_mono_ns - self._utc_minus_mono_ns) > _STEP_NS:
-            self._samples.clear()
-        self._utc_minus_mono_ns = t_utc_ns - t_mono_ns
-        if abs(pong.t_utc_ns - pong.t_mono_ns - self._utc_minus_mono_ns) > _STEP_NS:
+        """Take an answer that arrived at these times of this node."""
+        self.watch(t_mono_ns, t_utc_ns)
+        if abs((pong.t_utc_ns - pong.t_mono_ns) - (t_utc_ns - t_mono_ns)) > _STEP_NS:
             return
         there_ns = pong.sent_utc_ns - pong.received_utc_ns
         round_trip_ns = t_mono_ns - pong.t_mono_ns - there_ns
@@ -50,6 +45,12 @@ class ClockOffset:
             return
         offset_ns = ((pong.received_utc_ns - pong.t_utc_ns) + (pong.sent_utc_ns - t_utc_ns)) // 2
         self._samples.append(_Sample(t_mono_ns, offset_ns, round_trip_ns // 2 + 1))
+
+    def watch(self, t_mono_ns: int, t_utc_ns: int) -> None:
+        """Forget what was measured before a step of this node's wall clock; call it before ``best``."""
+        if self._utc_minus_mono_ns is None or abs(t_utc_ns - t_mono_ns - self._utc_minus_mono_ns) > _STEP_NS:
+            self._samples.clear()
+        self._utc_minus_mono_ns = t_utc_ns - t_mono_ns
 
     def best(self, now_ns: int) -> Offset | None:
         """Return the best estimate at a monotonic time; None before the first answer."""

@@ -267,13 +267,15 @@ class Session:
         self._due_ns = min(silent_ns, self._ping_ns + _PING_NS) if self.is_up else silent_ns
 
     def _ping(self, now_ns: int) -> None:
+        t_mono_ns, t_utc_ns = mono_ns(), utc_ns()
+        self._clock.watch(t_mono_ns, t_utc_ns)
         best = self._clock.best(now_ns)
         offset_ns, error_ns = best if best is not None else (None, None)
         self._ping_ns = now_ns
         self.send(
             Ping(
-                t_mono_ns=mono_ns(),
-                t_utc_ns=utc_ns(),
+                t_mono_ns=t_mono_ns,
+                t_utc_ns=t_utc_ns,
                 sent=[] if self.sent is None else [self.sent],
                 offset_ns=offset_ns,
                 error_ns=error_ns,

@@ -6,6 +6,7 @@ At its end everything that was received is durable.
 
 from __future__ import annotations
 
+import resource
 from typing import Annotated, Any
 
 import msgspec
@@ -22,6 +23,8 @@ from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.reception import Reception
 
 __all__ = ["Intake", "IntakeConfig"]
+
+_FILES_MAX = 65536
 
 
 class IntakeConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +69,7 @@ class Intake(DAQJob):
             help.
         """
         keep_large_blocks()
+        _allow_connections()
         config = self.config
         context: zmq.Context[Any] = zmq.Context.instance()
         with Journal(
@@ -102,3 +106,14 @@ class Intake(DAQJob):
             self.send_to_supervisor({"type": "node_report", "report": report})
         except ValueError as e:
             self.logger.warning("report.rejected", reason=str(e))
+
+
+def _allow_connections() -> None:
+    """Allow more open files than the 1024 that a process has by default.
+
+    Without, connections of nobody in particular leave none for the journal's files and for new nodes.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_MAX if hard == resource.RLIM_INFINITY else min(_FILES_MAX, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

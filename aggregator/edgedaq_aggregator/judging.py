@@ -105,7 +105,7 @@ class Judged:
     gap_count: int = 0
     dropped_rows: int = 0
     samples: list[tuple[str, int]] = field(default_factory=list)
-    """Of each accepted frame of data: the job, and UTC ns of its first row."""
+    """Of each accepted frame of data: the job, and when it was put, by the node's monotonic clock."""
     problem: Problem | None = None
     culprit: memoryview | None = None
 
@@ -241,8 +241,8 @@ def _accept(
         expected[stream] = frame.seq + 1
         judged.rows += frame.rows
         judged.body_bytes += len(frame.body)
-        if facts is not None and frame.t_first_ns:
-            judged.samples.append((facts.job, frame.t_first_ns))
+        if facts is not None and frame.t_put_ns:
+            judged.samples.append((facts.job, frame.t_put_ns))
     else:
         try:
             if kind is Kind.OPEN:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from edgedaq.session_messages import Ping
 from edgedaq.stats import WindowedSketch
 
 from edgedaq_aggregator.judging import Judged
@@ -33,8 +34,23 @@ class NodeCounts:
         self.resend_count = 0
         self.offset_ns: int | None = None
         self.error_ns: int | None = None
+        self.since_boot_ns: int | None = None
+        """UTC of this machine minus the node's monotonic clock: no step of the node's clock moves it."""
         self._latency = WindowedSketch()
         self._latency_by_job: dict[str, WindowedSketch] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        """It is not connected, and nothing that counts ever came from it."""
+        return not (self.is_connected or self.in_rows or self.duplicate_count or self.gap_count)
+
+    def take_clock(self, ping: Ping) -> None:
+        """Take what the node found of its clocks."""
+        self.offset_ns, self.error_ns = ping.offset_ns, ping.error_ns
+        if ping.offset_ns is None:
+            self.since_boot_ns = None
+        else:
+            self.since_boot_ns = ping.t_utc_ns - ping.t_mono_ns + ping.offset_ns
 
     def add(self, judged: Judged) -> None:
         """Count what became of a part."""
@@ -48,14 +64,14 @@ class NodeCounts:
         """Count frames that became durable at a UTC time of this machine.
 
         Args:
-            samples: Job, and UTC ns of the frame's first row by the node's clock.
+            samples: Job, and when a frame was put, by the node's monotonic clock.
             now_ns: Monotonic.
         """
-        if self.offset_ns is None:
+        if self.since_boot_ns is None:
             return
-        base_ns = t_utc_ns - self.offset_ns
-        for job, t_first_ns in samples:
-            latency_s = max(base_ns - t_first_ns, 0) * 1e-9
+        base_ns = t_utc_ns - self.since_boot_ns
+        for job, t_put_ns in samples:
+            latency_s = max(base_ns - t_put_ns, 0) * 1e-9
             self._latency.add(latency_s, 1, now_ns)
             sketch = self._latency_by_job.get(job)
             if sketch is None:

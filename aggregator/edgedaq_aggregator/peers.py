@@ -12,6 +12,7 @@ from typing import Any
 from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import ConfigError, WireError
 from edgedaq.frame import MAX_FRAME_BYTES
+from edgedaq.log_limit import LogLimit
 from edgedaq.logsetup import get_logger
 from edgedaq.names import check_name
 from edgedaq.session_messages import (
@@ -61,6 +62,7 @@ class Peers:
         self._version = version
         self._window_bytes = window_bytes
         self._take_report = take_report
+        self._rejected = LogLimit()
         self._log = get_logger()
 
     def take(self, peer: bytes, raw: bytes) -> None:
@@ -137,9 +139,15 @@ class Peers:
             self._router.send_once(session.peer, goodbye)
 
     def _greet(self, peer: bytes, hello: Hello, now_ns: int) -> None:
+        known = self.sessions.by_peer.get(peer)
+        if known is not None:
+            self.end(known, "protocol", "a second HELLO in one session")
+            return
         reject = self._reject(hello)
         if reject is not None:
-            self._log.warning("session.rejected", node=hello.node, reason=reject.text)
+            count = self._rejected.note(now_ns)
+            if count:
+                self._log.warning("session.rejected", node=hello.node, count=count, reason=reject.text)
             self._router.send_once(peer, encode_message(reject))
             return
         lanes = [IntakeLane(number, self._window_bytes) for number in range(len(hello.lanes))]
@@ -167,13 +175,19 @@ class Peers:
         except ConfigError as e:
             return Reject(code="node", text=str(e), retry_after_s=30.0)
         if len(self.nodes) >= NODES_MAX and hello.node not in self.nodes:
+            self._forget_idle_nodes()
+        if len(self.nodes) >= NODES_MAX and hello.node not in self.nodes:
             return Reject(code="full", text=f"{NODES_MAX} nodes are known", retry_after_s=30.0)
         return check_hello(hello, self.sessions)
 
+    def _forget_idle_nodes(self) -> None:
+        """Drop the names under which nothing ever came."""
+        for name in [name for name, node in self.nodes.items() if node.is_idle]:
+            del self.nodes[name]
+
     def _displace(self, older: Session, newer: Session, now_ns: int) -> None:
-        if older.peer != newer.peer:
-            text = "a newer session of the same node took its place"
-            self._router.send_once(older.peer, encode_message(Bye(code="displaced", text=text)))
+        text = "a newer session of the same node took its place"
+        self._router.send_once(older.peer, encode_message(Bye(code="displaced", text=text)))
         if self.sessions.is_cloned(older, newer, now_ns):
             reason = "two agents use this name and displace each other"
             self._log.error("node.cloned", node=newer.node, reason=reason)
@@ -182,7 +196,7 @@ class Peers:
         received_ns = utc_ns()
         node = self.nodes[session.node]
         node.last_active_ns = received_ns
-        node.offset_ns, node.error_ns = ping.offset_ns, ping.error_ns
+        node.take_clock(ping)
         pong = Pong(
             t_mono_ns=ping.t_mono_ns,
             t_utc_ns=ping.t_utc_ns,

@@ -39,6 +39,7 @@ __all__ = ["Reception"]
 _MESSAGES_PER_STEP = 64
 _TICK_NS = 200_000_000
 _REPORT_NS = 500_000_000
+_PATIENT_NS = 2_000_000_000
 _STOP_WITHIN_NS = 1_500_000_000
 
 
@@ -78,6 +79,7 @@ class Reception:
         self._durable = -1
         self._journal_end = 0
         self._is_full = False
+        self._need_bytes = self._full_ns = 0
         self._damaged, self._incomplete = LogLimit(), LogLimit()
         self._next_tick_ns = self._next_report_ns = 0
         self._report: dict[str, Any] = {}
@@ -150,12 +152,13 @@ class Reception:
             return
         if take is Take.IGNORE:
             return
-        if self._is_full or not self._journal.would_fit(len(part) + (len(part) >> 1)):
-            self._stand_still_for_room(lane)
+        need_bytes = len(part) + (len(part) >> 1)
+        if self._is_full or not self._journal.would_fit(need_bytes):
+            self._stand_still_for_room(lane, need_bytes)
             return
         judged = judge_part(self._journal.table, self._owners, session.node, header, part)
         if not self._keep(session, judged):
-            self._stand_still_for_room(lane)
+            self._stand_still_for_room(lane, need_bytes)
             return
         self._touched.add(peer)
         if judged.problem is not None:
@@ -184,10 +187,12 @@ class Reception:
         self._take_rows(judged.rows, judged.body_bytes)
         return True
 
-    def _stand_still_for_room(self, lane: IntakeLane) -> None:
+    def _stand_still_for_room(self, lane: IntakeLane, need_bytes: int) -> None:
         lane.stand_still(for_room=True)
+        self._need_bytes = max(self._need_bytes, need_bytes)
         if not self._is_full:
             self._is_full = True
+            self._full_ns = mono_ns()
             self._log.error("journal.blocked", reason=self._journal_problem())
 
     def _tell_problem(
@@ -238,15 +243,22 @@ class Reception:
 
     def _tick(self, now_ns: int) -> None:
         self._peers.tick(now_ns)
-        if self._is_full and self._journal.would_fit(2 * MAX_PART_BYTES):
+        if self._is_full and self._journal.would_fit(self._bytes_to_go_on(now_ns)):
             self._go_on()
         if now_ns >= self._next_report_ns:
             self._next_report_ns = now_ns + _REPORT_NS
             self._owners.forget_expired(self._journal.table)
             self._report = self._make_report(now_ns)
 
+    def _bytes_to_go_on(self, now_ns: int) -> int:
+        """Return the room to wait for: some for more than one part, unless that does not come."""
+        if now_ns - self._full_ns > _PATIENT_NS:
+            return self._need_bytes
+        return max(self._need_bytes, 2 * MAX_PART_BYTES)
+
     def _go_on(self) -> None:
         self._is_full = False
+        self._need_bytes = 0
         self._log.info("journal.resumed")
         for session in list(self._peers.sessions.by_peer.values()):
             for lane in session.lanes:

@@ -164,7 +164,7 @@ class Sessions:
         self._displaced: dict[str, deque[tuple[int, str]]] = {}
 
     def begin(self, session: Session) -> Session | None:
-        """Add a session; return the older one of the node, which it displaces."""
+        """Add a session of a peer that has none; return the older one of the node, which it displaces."""
         older = self.by_node.get(session.node)
         if older is not None:
             del self.by_peer[older.peer]

@@ -25,7 +25,8 @@ from edgedaq.logsetup import get_logger
 from edgedaq.stats import NodeReport, Snapshot
 from edgedaq.store_config import STORE_TYPES
 
-from edgedaq_aggregator.merge import JOB_COLUMNS, NODE_COLUMNS, Merge
+from edgedaq_aggregator.merge import Merge
+from edgedaq_aggregator.stats_columns import JOB_COLUMNS, NODE_COLUMNS
 from edgedaq_aggregator.stream_counts import arrived_of, stored_of
 
 __all__ = ["JOBS_FILE", "KEPT_FILE", "NODES_FILE", "Statistics", "csv_text", "replace_file"]

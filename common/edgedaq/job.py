@@ -23,7 +23,8 @@ is about to write, or out of the job's own code wherever it is, never in the mid
 once; ``finally`` and ``with`` clean up as usual, and may still put.
 
 Puts may come from other threads too. Those of the main thread are in order, and those of all other threads
-among each other; data that both kinds put under the same name are two streams.
+among each other; data that both kinds put under the same name are two streams. A put is refused within a put
+(by a handler of a signal), in a process that the job forked off, and after ``start`` has ended.
 """
 
 from __future__ import annotations

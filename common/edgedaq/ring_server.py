@@ -28,8 +28,8 @@ __all__ = ["RingServer"]
 _RUNS_MAX = 1000
 _CLAIMS_EVERY_NS = 1_000_000_000
 _PACE_NS = 10_000_000
-"""Least time between two seals that are due only because nothing is in flight; a row that comes alone goes at
-once. With 1000 rows a second, put one by one, all processes of both sides took 47 instead of 71 % of a core."""
+"""Least time between two seals that are due only as none is in flight; a row that comes alone goes at once.
+With 1000 rows a second, put one by one, all processes of both sides took 47 instead of 71 % of a core."""
 
 
 class RingServer:

@@ -30,8 +30,9 @@ and for the rest what is known of it (``damage`` says what was found):
 =================== ===================================================================================
 damaged             and so
 =================== ===================================================================================
-frames              all behind them comes in ``tail``; each stream then first has its OPEN again and a GAP
-                    from its begin to what is whole: a receiver drops or counts of it what it has not got
+frames              all behind them comes in ``tail``, each stream with a GAP up to what is whole: from its
+                    last frame before, or, if none is left, from its begin, after its OPEN: a receiver counts
+                    of such a GAP what it has not got
 a slot              a GAP with its rows, if its stream is known; else every CLOSE says ``tail_unknown``
 an OPEN             the one among the frames is taken; a stream without any is told of only here
 header, positions   the ring is refused as a whole
@@ -136,33 +137,36 @@ def salvage(buffer: memoryview) -> Salvaged:
     times = _Times(layout.t_birth_ns)
     frames: list[FrameAt] = []
     tail: list[bytes] = []
-    torn_at: int | None = None
+    is_torn = False
+    seen: dict[int, _Account] = {}
     mended: set[int] = set()
     for position, frame in walk(buffer, layout, released, published):
         if frame is None:
             damage.append(f"frames at {position}")
-            torn_at = position
+            is_torn = True
             mended.clear()
             continue
         if frame.kind is Kind.OPEN:
             opens.setdefault(frame.stream, bytes(frame.raw))
-        if torn_at is None:
+        if not is_torn:
             frames.append(FrameAt(position, len(frame.raw), frame.stream))
         elif frame.stream in opens:  # or it is what a message holds that looks like a frame
             if frame.stream not in mended:
                 mended.add(frame.stream)
-                tail += _mend(frame.stream, opens, frame.seq, frame.row0)
+                tail += _mend(frame.stream, opens, seen.get(frame.stream), frame.seq, frame.row0)
             tail.append(bytes(frame.raw))
         else:
             continue
         times.first_ns = max(times.first_ns, frame.t_first_ns)
         times.put_ns = max(times.put_ns, frame.t_put_ns)
+        _apply(seen.setdefault(frame.stream, _Account()), frame)
         _apply(accounts.setdefault(frame.stream, _Account()), frame)
-    if torn_at is not None:
+    if is_torn:
         for stream, account in accounts.items():
             if stream in mended:
                 continue
-            tail += _mend(stream, opens, account.next_seq - account.closed, account.rows)
+            seq = account.next_seq - account.closed
+            tail += _mend(stream, opens, seen.get(stream), seq, account.rows)
             if account.closed:
                 tail.append(_close(stream, account.next_seq - 1, account))
     is_any_lost = False
@@ -186,18 +190,22 @@ def _close(stream: int, seq: int, account: _Account) -> bytes:
     return encode(Kind.CLOSE, stream, seq, body, row0=account.rows)
 
 
-def _mend(stream: int, opens: dict[int, bytes], seq: int, rows: int) -> list[bytes]:
-    """Return what leads a receiver, whatever it has of a stream, to frame ``seq``, which begins at ``rows``.
+def _mend(stream: int, opens: dict[int, bytes], seen: _Account | None, seq: int, rows: int) -> list[bytes]:
+    """Return what leads a receiver from what was ``seen`` of a stream to frame ``seq``, at row ``rows``.
 
-    What it has already is a duplicate to it; of the GAP it counts what lies beyond.
+    If nothing was, from its begin: what a receiver has already is a duplicate to it, and of the GAP it counts
+    what lies beyond.
     """
-    found = [opens[stream]] if stream in opens else []
-    if seq > 1:
-        found.append(_gap(stream, 1, seq - 1, rows))
+    found = []
+    first = seen or _Account(next_seq=1)
+    if seen is None and stream in opens:
+        found.append(opens[stream])
+    if seq > first.next_seq:
+        found.append(_gap(stream, first.next_seq, seq - 1, rows - first.rows, first.rows))
     return found
 
 
-def _gap(stream: int, first: int, last: int, rows: int | None, row0: int = 0) -> bytes:
+def _gap(stream: int, first: int, last: int, rows: int | None, row0: int) -> bytes:
     body = pack_map({"last": last, "rows": rows, "reason": _REASON})
     return encode(Kind.GAP, stream, first, body, row0=row0)
 

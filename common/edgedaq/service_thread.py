@@ -108,6 +108,7 @@ class ServiceThread:
                 due = min(due, poke_ns)
             if self._orphaned_ns and now - self._orphaned_ns > self._orphan_limit_ns:
                 self._log.error("job.killed", reason="the supervisor is gone, and the job does not end")
+                self.end_helpers()
                 os._exit(1)
             link_fd = -1 if self._orphaned_ns else self._link.fileno()
             ready = poller.poll(link_fd, max(0, min((due - mono_ns()) / 1e6, _POLL_MAX_MS)))
@@ -119,6 +120,17 @@ class ServiceThread:
                 self._context.request_stop()
             if link_fd in ready:
                 self._receive()
+
+    def end_helpers(self) -> None:
+        """End what the job has started, if nobody is left who would; its supervisor does it otherwise."""
+        if not self._orphaned_ns or os.getpgrp() != os.getpid():
+            return
+        import psutil  # noqa: PLC0415  # rarely needed
+
+        for pid in psutil.pids():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if pid != os.getpid() and os.getpgid(pid) == os.getpid():
+                    os.kill(pid, signal.SIGKILL)
 
     @staticmethod
     def _drain(fd: int) -> bytes:

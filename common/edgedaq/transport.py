@@ -86,6 +86,8 @@ _HEADER = struct.Struct("<IBBHQII")
 _CHECK = struct.Struct("<Q")
 _BACKOFF_FIRST_S = 0.1
 _BACKOFF_LIMIT_S = 5.0
+_RECEIVED_MAX = 64
+"""Messages of one peer that wait in memory; honest ones are bounded by their credit before that."""
 _KEEPALIVE_IDLE_S = 20
 _KEEPALIVE_INTERVAL_S = 5
 _KEEPALIVE_COUNT = 3
@@ -189,6 +191,7 @@ def set_router_options(socket: zmq.Socket[bytes], endpoint: str) -> None:
     """Set what the ROUTER of an intake needs, before it binds."""
     _set_common(socket, endpoint)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.RCVHWM, _RECEIVED_MAX)
 
 
 def _set_common(socket: zmq.Socket[bytes], endpoint: str) -> None:

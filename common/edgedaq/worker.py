@@ -125,6 +125,8 @@ def _run(spec: WorkerSpec, link: Link) -> int:
     except Exception as e:
         log.exception("outlet.failed", reason=_line(e))
         reason, status = reason or _line(e), status or 1
+    if service is not None:
+        service.end_helpers()
     return _end(link, reason, status, snapshot.to_map())
 
 

@@ -42,6 +42,7 @@ def check_all(hop, count):
 
 def test_what_a_job_puts_is_in_the_journal_once_and_its_ring_is_gone(hop):
     intake, uplink = hop.intake(), hop.uplink()
+    wait_for(lambda: uplink.extra.get("clock_offset_ms") is not None)
     assert hop.job(count=3000).wait() == 0
     wait_until_delivered(hop, uplink)
     extra = uplink.extra

@@ -144,6 +144,15 @@ def test_after_a_step_of_the_clock_older_round_trips_are_forgotten():
     assert best_of(clock, S).offset_ns == 5 * S
 
 
+def test_a_step_of_the_clock_is_noticed_before_the_next_answer():
+    clock = ClockOffset()
+    clock.add(pong(0, 0, 500, 500), 1000, 1000)
+    clock.watch(S, S + 1000)
+    assert clock.best(S) is not None
+    clock.watch(2 * S, 3600 * S)
+    assert clock.best(2 * S) is None
+
+
 def test_an_answer_whose_times_cannot_be_is_not_taken():
     clock = ClockOffset()
     clock.add(pong(0, 0, 900, 100), 1000, 1000)

@@ -15,7 +15,7 @@ import psutil
 from edgedaq.worker_process import worker_environment
 from edgedaq_aggregator.demo import NODE, write_configs
 from edgedaq_aggregator.ledger import read_ledger
-from edgedaq_aggregator.merge import JOB_COLUMNS, NODE_COLUMNS
+from edgedaq_aggregator.stats_columns import JOB_COLUMNS, NODE_COLUMNS
 
 RECORD_BYTES = 16 + 2 * 512
 DATED = re.compile(r"\d{4}-\d\d-\d\d")

@@ -30,6 +30,7 @@ from edgedaq_aggregator.journal_client import JournalFollower
 
 from tests.agent.hop2 import Hop2, wait_for
 
+HELLO = Hello(protocol_min=1, protocol_max=1, version="1", node="n1", boot="b", instance="i", lanes=["data"])
 ROWS = Schema((Column("a", "i4"),))
 
 
@@ -67,21 +68,13 @@ class Talker:
         self.socket.linger = 0
         self.socket.connect(address)
         self.sent = 0
+        self.credit = WINDOW_BYTES
 
     def say(self, message):
         self.socket.send(encode_message(message))
 
     def hello(self, node="n1", *, instance="i", **changes):
-        hello = Hello(
-            protocol_min=1,
-            protocol_max=1,
-            version="1",
-            node=node,
-            boot="b",
-            instance=instance,
-            lanes=["data"],
-        )
-        self.say(msgspec.structs.replace(hello, **changes))
+        self.say(msgspec.structs.replace(HELLO, node=node, instance=instance, **changes))
         return self.hear(Welcome, Reject)
 
     def send(self, *frames, position=None, flags=0, count=None, size=None, lane=0):
@@ -102,6 +95,15 @@ class Talker:
                     return message
                 assert isinstance(message, skip), message
         raise AssertionError(f"never heard {types}")
+
+    def listen(self):
+        """Return what has come."""
+        found = []
+        while self.socket.poll(5):
+            found.append(decode_from_intake(self.socket.recv()))
+            if isinstance(found[-1], Ack):
+                self.credit = found[-1].credit
+        return found
 
     def wait_ack(self, position):
         while True:
@@ -185,12 +187,15 @@ def test_after_a_kill_it_knows_what_it_acknowledged(hop, intake, talk):
     assert journal(hop) == [open_frame(7), data(7, 1), data(7, 2)]
 
 
-def test_a_damaged_part_is_asked_for_again_and_nothing_behind_it_is_taken_before(hop, intake, talk):
+@pytest.mark.parametrize(
+    "at_byte", [0, 8, 11, 12, 16, 19, 24, HEADER_BYTES + 3], ids=lambda at_byte: f"byte {at_byte}"
+)
+def test_a_damaged_part_is_asked_for_again_and_nothing_behind_it_is_taken_before(hop, intake, talk, at_byte):
     talker = talk()
     talker.send(open_frame(7))
     at = talker.sent
     damaged = bytearray(data(7, 1))
-    damaged[HEADER_BYTES + 3] ^= 1
+    damaged[at_byte] ^= 0x41
     talker.send(bytes(damaged))
     talker.send(data(7, 2))
     resend = talker.hear(Resend)
@@ -316,6 +321,20 @@ def test_the_newest_session_of_a_node_wins_and_clones_are_named(hop, intake, tal
     wait_for(lambda: hop.logged("node.cloned"))
 
 
+def test_one_who_says_hello_under_a_thousand_names_holds_up_nobody(hop, intake, talk):
+    flooder = talk(node=None)
+    for number in range(1100):
+        assert isinstance(flooder.hello(f"x{number}"), Welcome)
+        flooder.say(HELLO)
+        assert flooder.hear(Bye).code == "protocol"
+    talker = talk("late")
+    talker.send(open_frame(7, node="late"))
+    talker.wait_ack(talker.sent)
+    wait_for(lambda: intake.extra["nodes"]["late"]["connected"])
+    connected = [name for name, node in intake.extra["nodes"].items() if node["connected"]]
+    assert connected == ["late"]
+
+
 def test_a_ping_is_answered_with_its_own_times_and_utc(intake, talk):
     talker = talk()
     before = time.time_ns()
@@ -338,6 +357,33 @@ def test_a_silent_session_ends(intake, talk):
     talk()
     wait_for(lambda: intake.extra["nodes"]["n1"]["connected"])
     wait_for(lambda: not intake.extra["nodes"]["n1"]["connected"], 8)
+
+
+@pytest.mark.parametrize("segment", [1 << 20, 4 << 20])
+def test_a_small_journal_that_was_full_goes_on_too(hop, context, talk, segment):
+    intake = hop.intake(segment=segment, limit=4 * segment)
+    talker = talk()
+    talker.send(open_frame(7))
+    seq = 0
+    while not intake.extra.get("journal", {}).get("problem"):
+        seq += 1
+        assert seq < 500
+        if talker.sent + 70_000 < talker.credit:
+            talker.send(data(7, seq, size=64_000))
+        talker.say(Ping(t_mono_ns=1, t_utc_ns=1))
+        talker.listen()
+    with JournalFollower(
+        hop.hub_state / "journal", hop.hub_runtime, "waited_for", None, context=context
+    ) as store:
+
+        def is_asked():
+            if store.read(50) and store.position is not None:
+                store.report(store.position)
+            talker.say(Ping(t_mono_ns=1, t_utc_ns=1))
+            return any(isinstance(message, Resend) for message in talker.listen())
+
+        wait_for(is_asked)
+    assert intake.stop() == 0
 
 
 def test_a_full_journal_acknowledges_nothing_and_asks_again_once_a_store_has_made_room(hop, context, talk):

@@ -7,7 +7,7 @@ from edgedaq.delivery import StreamTable
 from edgedaq.errors import WireError
 from edgedaq.frame import HEADER_BYTES, Kind, decode, encode, pack_map
 from edgedaq.schema import OpenInfo, encode_open
-from edgedaq.session_messages import Ack, Refused, Resend
+from edgedaq.session_messages import Ack, Ping, Refused, Resend
 from edgedaq.stats import QuantileSketch
 from edgedaq.transport import DataHeader
 from edgedaq_aggregator.judging import STREAMS_PER_NODE_MAX, StreamOwners, judge_part
@@ -27,7 +27,7 @@ def open_frame(stream, node="n1"):
 
 
 def data(stream, seq, rows=2):
-    return encode(Kind.RAW, stream, seq, b"x" * 50, rows=rows, row0=rows * (seq - 1), t_first_ns=S)
+    return encode(Kind.RAW, stream, seq, b"x" * 50, rows=rows, row0=rows * (seq - 1), t_put_ns=S)
 
 
 def close(stream, seq):
@@ -184,13 +184,21 @@ def test_what_waits_to_be_durable_is_bounded_and_merging_never_acknowledges_earl
 
 def test_latency_is_corrected_by_the_clock_offset_and_unknown_before_it_is_measured():
     counts = NodeCounts()
-    counts.add_latencies([("j", 10 * S)], 5 * S, 0)
+    counts.add_latencies([("j", 10 * S)], 105 * S, 0)
     assert counts.to_map(0)["latency"] == []
-    counts.offset_ns = -6 * S  # the aggregator's clock is 6 s behind the node's
-    counts.add_latencies([("j", 10 * S)], 5 * S, 0)
+    # The aggregator's clock is 6 s behind the node's, which reads 100 s more than its monotonic clock.
+    counts.take_clock(Ping(t_mono_ns=3 * S, t_utc_ns=103 * S, offset_ns=-6 * S, error_ns=1))
+    counts.add_latencies([("j", 10 * S)], 105 * S, 0)
     sketch = QuantileSketch.from_list(counts.to_map(0)["latency"])
     assert sketch.quantile(0.5) == pytest.approx(1.0, rel=0.03)
     assert list(counts.to_map(0)["latency_by_job"]) == ["j"]
+    # The node's clock steps by an hour, and has not measured its offset again.
+    counts.take_clock(Ping(t_mono_ns=4 * S, t_utc_ns=3704 * S))
+    counts.add_latencies([("j", 11 * S)], 106 * S, 0)
+    counts.take_clock(Ping(t_mono_ns=5 * S, t_utc_ns=3705 * S, offset_ns=-3606 * S, error_ns=1))
+    counts.add_latencies([("j", 12 * S)], 107 * S, 0)
+    sketch = QuantileSketch.from_list(counts.to_map(0)["latency"])
+    assert sketch.quantile(0.99) == pytest.approx(1.0, rel=0.03)
 
 
 def test_an_open_whose_frame_is_not_valid_never_reaches_the_owners():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from edgedaq.errors import WireError
 from edgedaq.stats import JobReport, NodeReport, QuantileSketch, Snapshot, fold
-from edgedaq_aggregator.merge import JOB_COLUMNS, NODE_COLUMNS, SILENT_S, Merge
+from edgedaq_aggregator.merge import SILENT_S, Merge
+from edgedaq_aggregator.stats_columns import JOB_COLUMNS, NODE_COLUMNS
 from edgedaq_aggregator.stream_counts import STREAMS_MAX, Arrived, Stored, StreamCounts, arrived_of, stored_of
 from hypothesis import given, settings
 from hypothesis import strategies as st

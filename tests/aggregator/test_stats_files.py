@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from edgedaq.errors import WireError
 from edgedaq.stats import JobReport, NodeReport, Snapshot
-from edgedaq_aggregator.merge import JOB_COLUMNS, NODE_COLUMNS
+from edgedaq_aggregator.stats_columns import JOB_COLUMNS, NODE_COLUMNS
 from edgedaq_aggregator.stats_files import JOBS_FILE, KEPT_FILE, NODES_FILE, Statistics, replace_file
 
 SECOND = 1_000_000_000

@@ -60,6 +60,13 @@ class Stuck(Job):
             except BaseException:
                 pass
 
+class Helped(Job):
+    def start(self):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        self.note(str(child.pid))
+        while True:
+            self.sleep(0.05)
+
 class Hangs(Job):
     def start(self):
         time.sleep(100)
@@ -241,6 +248,17 @@ def test_when_the_supervisor_is_killed_nobody_is_left_and_the_next_one_starts_at
     assert new["a"]["pid"] != jobs["a"]["pid"]
     assert again.stop()[0] == 0
     assert (tmp_path / "notes").read_text() == "a\na\n"
+
+
+def test_when_the_supervisor_is_killed_what_a_job_had_started_ends_with_it(start, tmp_path):
+    run = start(helped="Helped\n")
+    run.wait_running("helped")
+    run.wait(lambda _: (tmp_path / "notes").exists())
+    helper = int((tmp_path / "notes").read_text())
+    assert not gone(helper)
+    run.process.kill()
+    run.process.wait()
+    wait_gone([helper], 8)
 
 
 def test_a_second_supervisor_is_refused_by_the_pid_of_the_first(start):
