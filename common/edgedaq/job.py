@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgedaq.config import DAQJobConfig
-from edgedaq.errors import JobError, WireError
+from edgedaq.errors import ConfigError, JobError, WireError
 from edgedaq.frame import split
 from edgedaq.job_context import JobContext, JobStopped
 from edgedaq.job_puts import JobPuts
@@ -66,7 +66,7 @@ class DAQJob:
         config_type: Type of its TOML, derived from ``DAQJobConfig``.
         topics_to_subscribe: What the default ``start`` hands to ``handle_message``, without loss, of the
             other jobs on this host; ``"store"`` covers ``store.DAQJobStoreCSV``.
-        live_topics: What it is handed as far as it keeps up.
+        live_topics: What it is handed as far as it keeps up. Refused until a supervisor has a broker for it.
         stops_itself: It watches ``stop_fd`` or ``is_stopping`` and ends by itself; nothing is raised.
         stop_fd: Readable once the job is to end.
     """
@@ -79,6 +79,12 @@ class DAQJob:
     config: Any
 
     def __init__(self, config: Any, context: JobContext) -> None:
+        if self.live_topics:
+            message = (
+                f"{type(self).__name__}: live_topics {list(self.live_topics)} have no broker here; "
+                "topics_to_subscribe gets the same data without loss"
+            )
+            raise ConfigError(message)
         self.config = config
         self.context = context
         context.stops_itself = self.stops_itself
