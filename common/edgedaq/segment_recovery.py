@@ -185,7 +185,7 @@ def _find_segments(
     """Return the segments in order, closed: there may be more than a process may open.
 
     Files that are none, or none any more, go to the free ones. Only a disk error makes one missing, or what
-    is no file: to go on without a file that could not be opened for another reason would give up what is in it.
+    is no file: to go on without one that could not be opened for another reason would give up what it holds.
     """
     files: list[SegmentFile] = []
     empty: list[SegmentFile] = []
