@@ -25,9 +25,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from edgedaq.storage import OsStorage
 from edgedaq_agent.jobs.benchmark import filler, filler_count
+from edgedaq_aggregator.stores.commits import read_commits
 
-from benchmarks.bare_disk import touch_blocks, write_durably
+from benchmarks.bare_disk import settle, write_durably
 from tests.system.harness import Site
 
 MB = 1_000_000
@@ -64,10 +66,8 @@ class Measured:
     """Megabytes per second of one case, one entry per repetition."""
 
     end_to_end: list[float] = field(default_factory=list)
-    growing: list[float] = field(default_factory=list)
-    growing_two: list[float] = field(default_factory=list)
-    recycled: list[float] = field(default_factory=list)
-    recycled_two: list[float] = field(default_factory=list)
+    bare_one: list[float] = field(default_factory=list)
+    bare_two: list[float] = field(default_factory=list)
 
 
 def main() -> int:
@@ -81,6 +81,9 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="a size, e.g. '16 kB', or 'latency'")
     parser.add_argument("--folder", type=Path, default=Path("bench-out"), help="on the disk to measure")
+    parser.add_argument(
+        "--pause", type=float, default=8.0, help="seconds of rest for the disk before each figure (default 8)"
+    )
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ def main() -> int:
     for turn in range(arguments.repeats):
         for case in cases:
             print(f"turn {turn + 1} of {arguments.repeats}: {case.name}", file=sys.stderr)
-            measure(case, folder, measured[case.name])
+            measure(case, folder, measured[case.name], arguments.pause)
     if cases:
         print_table(cases, measured, arguments.repeats)
     if arguments.only in ("", "latency"):
@@ -101,21 +104,13 @@ def main() -> int:
     return 0
 
 
-def measure(case: Case, folder: Path, measured: Measured) -> None:
+def measure(case: Case, folder: Path, measured: Measured, pause_s: float) -> None:
     """Add one repetition of a case, end to end and bare."""
-    touch_blocks(folder, 3 * case.total_bytes)
+    settle(pause_s)
     measured.end_to_end.append(case.total_bytes / run_end_to_end(case, folder) / MB)
-    for held, files_count, is_preallocated in (
-        (measured.growing, 1, False),
-        (measured.growing_two, 2, False),
-        (measured.recycled, 1, True),
-        (measured.recycled_two, 2, True),
-    ):
-        touch_blocks(folder, 3 * case.total_bytes)
-        rate = write_durably(
-            folder, case.total_bytes, files_count=files_count, is_preallocated=is_preallocated
-        )
-        held.append(rate / MB)
+    for held, files_count in ((measured.bare_one, 1), (measured.bare_two, 2)):
+        settle(pause_s)
+        held.append(write_durably(folder, case.total_bytes, files_count=files_count) / MB)
 
 
 def run_end_to_end(case: Case, folder: Path) -> float:
@@ -194,25 +189,24 @@ def print_table(cases: list[Case], measured: dict[str, Measured], repeats: int) 
     print(
         f"\nEnd to end, durable in journal and stored file, every byte checked; medians of {repeats}, MB/s."
     )
-    print("bare: the same bytes written and fdatasynced every 8 MiB, to one file and to two at once;")
-    print("growing: a new file, as stores write; recycled: blocks that exist, as the journal's segments.\n")
+    print(
+        "bare: the same bytes written to a new file and fdatasynced every 8 MiB, to one and to two at once.\n"
+    )
     head = (
         "size",
         "msg/s",
         "MB/s",
         "ENRGDAQ",
         "x",
-        "bare growing",
-        "two",
-        "recycled",
-        "two",
-        "of two growing",
+        "bare, one file",
+        "two files",
+        "of two",
     )
     rows = [head]
     for case in cases:
         held = measured[case.name]
         rate = statistics.median(held.end_to_end)
-        growing_two = statistics.median(held.growing_two)
+        bare_two = statistics.median(held.bare_two)
         rows.append(
             (
                 case.name,
@@ -220,11 +214,9 @@ def print_table(cases: list[Case], measured: dict[str, Measured], repeats: int) 
                 f"{rate:.0f}",
                 case.enrgdaq,
                 f"{rate / case.enrgdaq_mb_per_s:.1f}",
-                f"{statistics.median(held.growing):.0f}",
-                f"{growing_two:.0f}",
-                f"{statistics.median(held.recycled):.0f}",
-                f"{statistics.median(held.recycled_two):.0f}",
-                f"{rate / growing_two:.2f}",
+                f"{statistics.median(held.bare_one):.0f}",
+                f"{bare_two:.0f}",
+                f"{rate / bare_two:.2f}",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -252,7 +244,9 @@ def _size(path: Path) -> int:
 
 
 def _stored_count(site: Site) -> int:
-    return sum(row.stored for row in site.ledger())
+    state, _ = read_commits(site.state_dir / "stores" / "raw", OsStorage())
+    table = state.table
+    return sum(account.rows for account in [*table.streams.values(), *table.tombstones.values()])
 
 
 if __name__ == "__main__":

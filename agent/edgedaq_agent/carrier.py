@@ -94,7 +94,7 @@ class Carrier:
             self._spool.acked,
             self._spool.end,
             spool_after_ns=options.spool_after_ns,
-            crowded_after_ns=options.spool_after_ns // 4,
+            crowded_after_ns=options.spool_after_ns // 2,
             part_bytes=PART_BYTES,
         )
         self._note_backlog()

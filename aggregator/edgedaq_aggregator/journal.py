@@ -44,7 +44,7 @@ from edgedaq_aggregator.journal_registry import StoreRegistry
 __all__ = ["Journal"]
 
 _SECOND_NS = 1_000_000_000
-_TRIM_EVERY_NS = _SECOND_NS
+_TRIM_EVERY_NS = _SECOND_NS // 5  # a few segments at a time: they are used again, not removed
 _SAVE_EVERY_NS = 10 * _SECOND_NS
 _DAMAGED_HOLD_NS = 600 * _SECOND_NS
 _REQUESTS_MAX = 1000

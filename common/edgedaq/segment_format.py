@@ -285,7 +285,8 @@ def parse(
             nothing else is looked at. OPEN frames are always decoded.
 
     Returns:
-        The position reached, and why it is no further: 0: ``buffer`` or ``limit`` ended there; n > 0: the
+        The position reached, which lies behind ``buffer`` where that ends in a frame of another stream, and
+        why it is no further: 0: ``buffer`` or ``limit`` ended there; n > 0: the
         record there needs n bytes of buffer; -n < 0: no valid record is there, and where n > 1 the damaged
         one is known to have n bytes.
     """
@@ -308,15 +309,13 @@ def parse(
         if hashed(buffer[offset + 8 : offset + covered], position) != check:
             return position, -1
         if left < total:
+            if kind == 1 and _is_foreign(buffer, offset, length, wants):
+                return position + total, 0
             return position, total
         if kind == 1:
             if length < FRAME_HEADER_BYTES:
                 return position, -total
-            if (
-                wants is None
-                or buffer[offset + 36] == _OPEN
-                or wants(int.from_bytes(buffer[offset + 48 : offset + 56], "little"))
-            ):
+            if not _is_foreign(buffer, offset, length, wants):
                 try:
                     frame = decode(buffer, offset + header)
                 except WireError:
@@ -331,3 +330,10 @@ def parse(
             entries.append(Control(position, position + total, kind, payload))
         offset += total
         position += total
+
+
+def _is_foreign(buffer: memoryview, offset: int, length: int, wants: Callable[[int], bool] | None) -> bool:
+    """Tell whether the frame of a record, of which the header is there and checked, is for others only."""
+    if wants is None or length < FRAME_HEADER_BYTES or buffer[offset + 36] == _OPEN:
+        return False
+    return not wants(int.from_bytes(buffer[offset + 48 : offset + 56], "little"))

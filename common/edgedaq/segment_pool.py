@@ -22,7 +22,7 @@ __all__ = ["FREE_SUFFIX", "FreeFile", "LogError", "LogFull", "SegmentPool", "che
 
 FREE_SUFFIX = ".free"
 SEGMENT_BYTES_MIN = 16 << 10
-_SPARES_MAX = 2
+_SPARES_MAX = 4
 
 
 class LogError(StoreError):

@@ -25,7 +25,8 @@ from edgedaq.storage import OsStorage, Storage
 
 __all__ = ["SegmentReader", "find_open", "read_table", "segment_end", "table_at"]
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = (1 << 20) + (64 << 10)  # one frame as large as they are made fits, with its headers
+_PROBE_BYTES = 64 << 10
 _FOR_EVER = (1 << 64) - 1
 
 
@@ -59,6 +60,7 @@ class SegmentReader:
         self._file_end: int | None = None
         self._last_first: int | None = None
         self._explainer: Explainer | None = None
+        self._is_passing = False
 
     def __enter__(self) -> Self:
         return self
@@ -108,7 +110,10 @@ class SegmentReader:
         begun = self.position
         problem = -1
         if begun < limit:
-            self.position, problem = file.chunk(begun, limit, entries, max_bytes=max_bytes, wants=self._wants)
+            size = _PROBE_BYTES if self._is_passing else max_bytes
+            self.position, problem = file.chunk(begun, limit, entries, max_bytes=size, wants=self._wants)
+            # Behind one large frame for others there is often the next one: its header alone is read.
+            self._is_passing = not entries and self.position - begun > size
         if problem and self.position == begun:
             if not file.is_current:
                 self.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from edgedaq.job import DAQJob
+from edgedaq.memory import keep_large_blocks
 
 from edgedaq_aggregator.journal_client import JournalFollower
 from edgedaq_aggregator.stores.backend import Backend
@@ -34,6 +35,7 @@ class DAQJobStore(DAQJob):
 
     def start(self) -> None:
         """Store until asked to stop."""
+        keep_large_blocks()
         self._loop.run()
 
     def report(self) -> dict[str, Any]:
