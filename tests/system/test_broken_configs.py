@@ -306,11 +306,26 @@ def test_a_directory_that_does_not_exist_is_one_line_and_status_78(tmp_path):
             judge_process(start(side, command, tmp_path / "none"), case)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_unwritable_directory_is_one_line_and_status_78(tmp_path):
-    config_dir, closed = tmp_path / "configs", tmp_path / "closed"
+@pytest.fixture
+def closed_dir(tmp_path):
+    """Give a directory that cannot be written in, not even by root: a read-only mount."""
+    closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    write(config_dir, {"agent.toml": f'supervisor_id = "n1"\nstate_dir = "{closed}/state"\n', "a.toml": JOB})
+    if os.geteuid():
+        yield closed
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=64k", "none", str(closed)], check=True)
+    try:
+        yield closed
+    finally:
+        subprocess.run(["umount", str(closed)], check=True)
+
+
+def test_an_unwritable_directory_is_one_line_and_status_78(tmp_path, closed_dir):
+    config_dir = tmp_path / "configs"
+    write(
+        config_dir, {"agent.toml": f'supervisor_id = "n1"\nstate_dir = "{closed_dir}/state"\n', "a.toml": JOB}
+    )
     case = Case("", {}, r"agent\.toml: state_dir must be writable, .* is not")
     for command in ("check", "run"):
         judge_process(start("agent", command, config_dir), case)
