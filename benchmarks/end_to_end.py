@@ -82,7 +82,10 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a size, e.g. '16 kB', or 'latency'")
     parser.add_argument("--folder", type=Path, default=Path("bench-out"), help="on the disk to measure")
     parser.add_argument(
-        "--pause", type=float, default=10.0, help="seconds of rest for the disk before each figure (default 10)"
+        "--pause",
+        type=float,
+        default=10.0,
+        help="seconds of rest for the disk before each figure (default 10)",
     )
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
