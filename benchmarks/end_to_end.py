@@ -136,8 +136,8 @@ def run_end_to_end(case: Case, folder: Path) -> float:
 
 
 @contextmanager
-def site_with_job(folder: Path, payload_bytes: int, **settings: float) -> Iterator[Site]:
-    """Run both sides with one benchmark job that waits for ``go``."""
+def site_with_job(folder: Path, payload_size: int, *, mode: str = "raw", **settings: float) -> Iterator[Site]:
+    """Run both sides with one benchmark job that waits for ``go``; rows go to CSV, messages to Raw."""
     shared = Path("/dev/shm")  # noqa: S108  # a directory of its own within it
     root = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
     runtime = Path(tempfile.mkdtemp(prefix="edq-bench-", dir=shared if shared.is_dir() else None))
@@ -145,13 +145,16 @@ def site_with_job(folder: Path, payload_bytes: int, **settings: float) -> Iterat
         with Site(root, runtime) as site:
             lines = [
                 f'daq_job_type = "{WAITING_JOB}"',
-                'mode = "raw"',
-                f"payload_size = {payload_bytes}",
+                f'mode = "{mode}"',
+                f"payload_size = {payload_size}",
                 f'go_path = "{root / "go"}"',
                 f'begun_path = "{root / "begun"}"',
                 *(f"{key} = {value}" for key, value in settings.items()),
-                "[store_config.raw]",
-                'file_path = "job.bin"',
+                *(
+                    ["[store_config.raw]", 'file_path = "job.bin"']
+                    if mode == "raw"
+                    else ["[store_config.csv]", 'file_path = "job.csv"']
+                ),
             ]
             (site.agent_dir / "job.toml").write_text("\n".join(lines), encoding="utf-8")
             site.aggregator.start()

@@ -20,7 +20,7 @@ from edgedaq.logsetup import get_logger
 from edgedaq.ring import ProducedRing
 from edgedaq.ring_control import RingBegin, Runs, Subscribe, decode_from_consumer, encode_control
 from edgedaq.ring_frames import walk
-from edgedaq.ring_layout import W_T_FIRST, W_T_PUT
+from edgedaq.ring_layout import FORM_RAW, W_FORM, W_T_FIRST, W_T_PUT
 from edgedaq.sealing import Account, Sealer
 
 __all__ = ["RingServer"]
@@ -45,7 +45,7 @@ class RingServer:
         for consumer, topics in read_wants(ring.path.parent).items():
             ClaimFile(ring.path.parent, identity.life, consumer).close()
             self._claims.add(consumer, topics)
-        self._claims_due_ns = 0
+        self._claims_due_ns = self._sealed_ns = 0
         self._socket: zmq.Socket[bytes] | None = None
         self._queued: deque[tuple[int, int]] = deque()
         self.queued_rows = 0
@@ -168,7 +168,12 @@ class RingServer:
             self._gate.condition.notify_all()
 
     def _seal_due(self, now: int) -> int | None:
-        """Seal the slots that are due; return when the next one is."""
+        """Seal the slots that are due; return when to look again, None when the next put will tell.
+
+        Messages are sealed at once while nothing is in flight. So is the first row of a table after a quiet
+        moment; the next ones follow the linger time after it: a steady trickle of rows then costs twenty
+        wake-ups a second of all that are behind, not one for each row.
+        """
         sealer = self.sealer
         has_peer = self._claims.is_anyone_there
         is_idle = has_peer and sealer.released >= sealer.head
@@ -180,13 +185,20 @@ class RingServer:
             if not words[W_T_PUT]:
                 words[W_T_FIRST], words[W_T_PUT] = utc_ns(), now
             at = words[W_T_PUT] + self._linger_ns
-            if (is_idle or at <= now) and sealer.seal(slot):
+            is_table = words[W_FORM] != FORM_RAW
+            if has_peer and is_table:
+                at = min(at, self._sealed_ns + self._linger_ns)
+            elif is_idle:
+                at = now
+            if at <= now and sealer.seal(slot):
+                if is_table:
+                    self._sealed_ns = now
                 continue
             at = max(at, now + self._linger_ns // 2) if at <= now else at
             due = at if due is None else min(due, at)
         if not self._claims.claims:
             self._advance()
-        if due is None and has_peer and sealer.released < sealer.head:
+        if due is None and has_peer and (self._sealed_ns == now or sealer.released < sealer.head):
             due = now + self._linger_ns
         return due
 

@@ -111,7 +111,7 @@ class ServiceThread:
                 self.end_helpers()
                 os._exit(1)
             link_fd = -1 if self._orphaned_ns else self._link.fileno()
-            ready = poller.poll(link_fd, max(0, min((due - mono_ns()) / 1e6, _POLL_MAX_MS)))
+            ready = poller.poll(link_fd, min(max(due - mono_ns() + 999_999, 0) // 1_000_000, _POLL_MAX_MS))
             if self._end_fd in ready:
                 return
             self._drain(self._context.wake_fd)

@@ -91,8 +91,17 @@ def test_a_lone_row_arrives_at_once(runtime_dir: Path) -> None:
         taken = Taken()
         producer.ask("rows", first=0, count=1)
         pump(inlet, taken, lambda: taken.rows() == 1, limit_s=2.0)
-        producer.ask("rows", first=1, count=1)
-        pump(inlet, taken, lambda: taken.rows() == 2, limit_s=2.0)
+
+
+def test_rows_that_follow_each_other_are_gathered_for_the_linger_time(runtime_dir: Path) -> None:
+    with Producer(runtime_dir, linger_s=0.5) as producer, Inlet(runtime_dir, "up", ["store"]) as inlet:
+        taken = Taken()
+        producer.ask("rows", first=0, count=1)
+        pump(inlet, taken, lambda: taken.rows() == 1, limit_s=2.0)
+        for n in range(1, 50):
+            producer.ask("rows", first=n, count=1)
+        pump(inlet, taken, lambda: taken.rows() == 50)
+        assert sum(1 for frame in taken.frames if frame.rows) < 10
 
 
 def test_what_a_consumer_does_not_release_is_gathered_and_comes_after_the_linger_time(
