@@ -10,11 +10,11 @@ from typing import Any
 from edgedaq.command_line import refuse_broken, run_supervisor
 from edgedaq.config_dir import JobFile, load_jobs, require_directory
 from edgedaq.errors import ConfigError
+from edgedaq.lane_options import LaneSpec, fit_lanes
 from edgedaq.logsetup import configure, get_logger
 from edgedaq.main_config import (
     check_directory,
     default_state_dir,
-    fit_on_disk,
     make_directory,
     read_main,
     resolve_dir,
@@ -31,7 +31,6 @@ from edgedaq_agent.config import FILE_NAME, AgentConfig
 __all__ = ["ROLE", "Agent", "load", "run", "runtime_dir_of"]
 
 ROLE = "agent"
-SPOOL_USUAL = 10 << 30
 
 
 @dataclass
@@ -46,7 +45,6 @@ class Agent:
     config: AgentConfig
     path: Path
     files: list[JobFile] = field(default_factory=list)
-    spool: tuple[int, int] = (0, 0)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -67,28 +65,29 @@ def load(config_dir: Path) -> Agent:
         raise ConfigError("\n".join(lines)) from e
     files = _jobs(config_dir)
     state_dir = resolve_dir(config.state_dir, config_dir, default_state_dir(config_dir, config.supervisor_id))
+    problems: list[str] = []
+    lanes: list[LaneSpec] = []
+    try:
+        lanes = fit_lanes(path, config.lanes, config.forward, state_dir)
+    except ConfigError as e:
+        problems.append(str(e))
     place = Place(
         node=config.supervisor_id,
         config_dir=config_dir,
         runtime_dir=runtime_dir,
         state_dir=state_dir,
         out_dir=state_dir,
-        forward=config.forward,
+        lanes=lanes,
         verbosity=config.verbosity,
     )
-    agent = Agent(place, config, path, files)
+    agent = Agent(place, config, path, files, problems)
     for key, directory in (("state_dir", state_dir), ("runtime_dir", runtime_dir)):
         try:
             check_directory(path, key, directory)
         except ConfigError as e:
             agent.problems.append(str(e))
-    lane = config.lanes.data
-    try:
-        agent.spool = fit_on_disk(path, "lanes.data", lane.limit, lane.reserve, state_dir, usual=SPOOL_USUAL)
-    except ConfigError as e:
-        agent.problems.append(str(e))
-    problems, warnings = check_rings(path, files, config.ring_bytes, runtime_dir)
-    agent.problems += problems
+    too_large, warnings = check_rings(path, files, config.ring_bytes, runtime_dir)
+    agent.problems += too_large
     agent.warnings += warnings
     if not files:
         agent.warnings.append(f"{config_dir}: has no job; each *.toml besides {FILE_NAME} is one")
@@ -125,15 +124,9 @@ def run(config_dir: Path, *, lifeline_fd: int | None = None) -> int:
 
 
 def _setup(agent: Agent, lifeline_fd: int | None) -> SupervisorSetup:
-    place, lane = agent.place, agent.config.lanes.data
-    uplink = {
-        "aggregator": agent.config.aggregator,
-        "spool_after": lane.spool_after,
-        "limit": agent.spool[0],
-        "reserve": agent.spool[1],
-    }
+    place = agent.place
     plans = [job_plan(file, place) for file in agent.files]
-    plans.append(uplink_plan(uplink, place, config_file=agent.path))
+    plans.append(uplink_plan(agent.config.aggregator, place, config_file=agent.path))
 
     def forward_report(supervisor: Supervisor, report: NodeReport) -> None:
         supervisor.send("uplink", {"type": "node_report", "report": report.to_map()})

@@ -13,6 +13,8 @@
     spool_after = "200 ms"                  # what is not acknowledged by then goes to disk
     limit = "10 GiB"                        # of the spool
     reserve = "1 GiB"                       # of the disk, left free
+
+More lanes: see ``edgedaq.lane_options``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Annotated
 
 import msgspec
 from edgedaq.config import Bytes, Verbosity
-from edgedaq.main_config import LanesOptions
+from edgedaq.lane_options import LaneOptions
 from edgedaq.names import check_name, check_topic
 from edgedaq.transport import check_address
 
@@ -40,7 +42,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     runtime_dir: str = ""
     ring_bytes: Annotated[Bytes, msgspec.Meta(gt=0)] | None = None
     verbosity: Verbosity = "INFO"
-    lanes: LanesOptions = msgspec.field(default_factory=LanesOptions)
+    lanes: dict[str, LaneOptions] = {}
 
     def __post_init__(self) -> None:
         check_name("supervisor_id", self.supervisor_id)

@@ -13,7 +13,7 @@ from typing import Any
 from edgedaq.bad_files import BadFiles
 from edgedaq.errors import WireError
 from edgedaq.frame import Frame, decode, length_at
-from edgedaq.lane import Entry
+from edgedaq.lane_parts import Entry
 from edgedaq.log_limit import LogLimit
 from edgedaq.logsetup import get_logger
 from edgedaq.session_messages import Ahead, Refused, Resend, Unknown
@@ -60,6 +60,15 @@ class Corrector:
     def is_needed(self) -> bool:
         """Frames must go through ``correct`` before they are sent."""
         return self._repair.is_needed
+
+    @property
+    def lost_reason(self) -> str:
+        """What the GAPs say that stand for frames which neither side has."""
+        return self._repair.lost_reason
+
+    @lost_reason.setter
+    def lost_reason(self, reason: str) -> None:
+        self._repair.lost_reason = reason
 
     def begin_session(self) -> None:
         """Forget what an earlier session told."""

@@ -40,6 +40,8 @@ class Repair:
     """The corrections that are to be made. Used by one thread."""
 
     def __init__(self) -> None:
+        self.lost_reason = "lost: neither side has it"
+        """What the GAPs say that stand for what was ahead."""
         self._dropped: dict[int, str] = {}
         self._refused: dict[tuple[int, int], str] = {}
         self._opens: set[int] = set()
@@ -106,7 +108,7 @@ class Repair:
             if missing is not None and 0 < missing[0] < frame.seq:
                 expected, rows = missing
                 row0 = frame.row0 - (rows or 0)
-                out.append(_gap(stream, expected, frame.seq - 1, rows, row0, "lost: neither side has it"))
+                out.append(_gap(stream, expected, frame.seq - 1, rows, row0, self.lost_reason))
             reason = self._refused.get((stream, frame.seq))
             if reason is None:
                 out.append(frame.raw)

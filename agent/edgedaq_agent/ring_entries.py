@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from edgedaq.errors import WireError
 from edgedaq.frame import length_at
 from edgedaq.inlet import RingView, Run
-from edgedaq.lane import Entry, Release
+from edgedaq.lane_parts import Entry, Release
 from edgedaq.transport import PART_BYTES
 
 __all__ = ["entries_of", "is_crowded", "open_of", "pieces_of", "release"]

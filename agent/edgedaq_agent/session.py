@@ -86,9 +86,9 @@ class Session:
         """Counts the sessions that came up."""
         self.begun_ns = 0
         self.credit = 0
-        """Position up to which may be sent; raised by ACKs, by the owner."""
-        self.sent: int | None = None
-        """Position up to which this session has sent, kept by the owner; told with each PING."""
+        """Position up to which each lane may send before the first ACK."""
+        self.sent: list[int] = []
+        """Position up to which each lane has sent in this session, kept by the owner; told with each PING."""
         self._hello = hello
         self._context = context
         self._socket: zmq.Socket[bytes] | None = None
@@ -233,7 +233,7 @@ class Session:
         self.number += 1
         self.begun_ns = now_ns
         self.credit = welcome.credit
-        self.sent = None
+        self.sent = []
         self.reason = ""
         self._log.info("session.begun", protocol=welcome.protocol, version=welcome.version)
         self._ping(now_ns)
@@ -276,7 +276,7 @@ class Session:
             Ping(
                 t_mono_ns=t_mono_ns,
                 t_utc_ns=t_utc_ns,
-                sent=[] if self.sent is None else [self.sent],
+                sent=self.sent,
                 offset_ns=offset_ns,
                 error_ns=error_ns,
             )

@@ -18,14 +18,16 @@ from types import TracebackType
 from typing import Self
 
 from edgedaq.bad_files import BadFiles
+from edgedaq.clock import mono_ns
 from edgedaq.committer import Committer
-from edgedaq.delivery import Verdict, gap_of
+from edgedaq.delivery import StreamTable, Verdict, gap_of
 from edgedaq.errors import WireError
 from edgedaq.frame import Frame, Kind, decode
-from edgedaq.lane import Entry
+from edgedaq.lane_parts import Entry
 from edgedaq.logsetup import get_logger
 from edgedaq.segment_format import Hole, Record
-from edgedaq.segment_reader import SegmentReader
+from edgedaq.segment_gaps import bridge
+from edgedaq.segment_reader import SegmentReader, table_at
 from edgedaq.segments import LogError, SegmentLog
 from edgedaq.storage import Storage
 
@@ -36,6 +38,8 @@ __all__ = ["OpenOf", "Spool", "SpoolPart"]
 _SEGMENT_BYTES = 16 << 20
 _SEGMENTS_MIN = 4
 _STREAMS_KEPT_MAX = 1024
+_MINUTE_NS = 60_000_000_000
+_DAY_NS = 86_400_000_000_000
 
 OpenOf = Callable[[object, int], bytes | None]
 """Returns the OPEN frame of a stream from who holds the entry."""
@@ -50,6 +54,10 @@ class SpoolPart(list[Frame]):
 class Spool:
     """The spool in a directory. A context manager.
 
+    Args:
+        gather_s: How long bytes may gather before they are made durable: 0.2 spares an SD card.
+        drops: The reason that GAPs give for what ``drop_oldest`` dropped; empty where that is never called.
+
     Raises:
         LogError: The directory cannot be used, or another process has it.
     """
@@ -62,6 +70,8 @@ class Spool:
         reserve_bytes: int,
         bad: BadFiles,
         open_of: OpenOf,
+        gather_s: float = 0.0,
+        drops: str = "",
         storage: Storage | None = None,
     ) -> None:
         segment_bytes = _SEGMENT_BYTES
@@ -91,13 +101,22 @@ class Spool:
                 cut_bytes=recovery.cut_bytes,
                 path=str(directory),
             )
-        self._committer = Committer(self._segments)
+        self._committer = Committer(self._segments, gather_s=gather_s)
+        self._drops = drops
+        self._before: StreamTable | None = None
+        self.dropped_rows = 0
+        """Rows of which GAPs were read in place of what was dropped."""
+        self._written_bytes = 0
+        self._begun_ns = mono_ns()
         self._reader: SegmentReader | None = None
         self._read: deque[Record] = deque()
         self._resume = -1
         saved = self._segments.cursor.get("acked")
         begin, end = self._segments.begin, self._segments.end
-        self.acked = min(max(saved, begin), end) if isinstance(saved, int) else begin
+        if not isinstance(saved, int):
+            saved = begin
+        # What lies before the begin was acknowledged, or dropped: then GAPs are read in its place.
+        self.acked = min(saved if drops else max(saved, begin), end)
         """Position up to which the aggregator is known to have everything."""
         self._saved = self.acked
 
@@ -169,9 +188,26 @@ class Spool:
                 return None
             except WireError as e:
                 self._log.error("spool.doubted", reason=str(e))
+            self._written_bytes += len(entry.frames)
         self._tell("")
         self._committer.wake()
         return self._segments.end
+
+    def drop_oldest(self) -> bool:
+        """Drop the oldest segment, acknowledged or not; False when there is none but the one in use."""
+        sizes = self._segments.sizes()
+        if len(sizes) < 2:
+            return False
+        if self._before is None:
+            self._before = table_at(self._directory, self.acked, storage=self._storage)
+        if self._segments.trim(sizes[1][0]) == sizes[0][0]:
+            return False
+        self._log.warning("spool.dropped", reason=self._drops, dropped_bytes=sizes[0][1])
+        return True
+
+    def bytes_per_day(self, now_ns: int) -> int:
+        """Return what is written in a day at the mean rate since the start (of the last minute at least)."""
+        return self._written_bytes * _DAY_NS // max(now_ns - self._begun_ns, _MINUTE_NS)
 
     def read(self, position: int, upto: int, part_bytes: int, room: int) -> SpoolPart:
         """Return frames from a position on: one, and more up to ``part_bytes``, never beyond ``room``.
@@ -206,6 +242,8 @@ class Spool:
     def acknowledge(self, position: int) -> None:
         """Take that the aggregator has everything before a position; gives back space."""
         self.acked = position
+        if position >= self._segments.begin:
+            self._before = None
         self._segments.trim(position)
 
     def save(self) -> None:
@@ -287,14 +325,31 @@ class Spool:
                 self._reader.close()
             self._reader = SegmentReader(self._directory, position, storage=self._storage)
         for entry in self._reader.read(upto):
-            if isinstance(entry, Hole):
-                self._log.error("spool.hole_found", reason=entry.reason, first=entry.first, last=entry.last)
-            else:
+            if isinstance(entry, Record):
                 self._read.append(entry)
+            elif entry.reason == "trimmed" and self._drops:
+                self._read.extend(self._dropped(entry))
+            else:
+                self._log.error("spool.hole_found", reason=entry.reason, first=entry.first, last=entry.last)
         if not self._read and self._reader.position == position:
             self._log.error("spool.hole_found", reason="nothing readable", first=position, last=upto)
             self._reader.close()
             self._reader = None
+
+    def _dropped(self, hole: Hole) -> list[Record]:
+        """Return the frames that say what was dropped, of streams that had something there.
+
+        After a restart nobody knows any more which had; then it is said of all, and what the aggregator has
+        it drops by identity.
+        """
+        before = self._before or StreamTable()
+        records = []
+        for frame in bridge(before.progress, hole.table or StreamTable(), self._drops):
+            records.append(Record(hole.last, hole.last, frame))
+            if frame.kind is Kind.GAP:
+                self.dropped_rows += gap_of(frame)[1] or 0
+        self._log.warning("spool.dropped_told", stream_count=len({r.frame.stream for r in records}))
+        return records
 
     def _tell(self, problem: str) -> None:
         if problem and not self.problem:

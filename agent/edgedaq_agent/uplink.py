@@ -2,8 +2,8 @@
 
 The job is the thread around a poll loop; what happens in it::
 
-    rings ── Inlet ──► Lane (what is owed, in order) ──► Session ──► intake
-                        │    ▲                             │
+    rings ── Inlet ──► Lane (what is owed, in order) ──► Session ──► intake      one Inlet, Lane and Spool
+                        │    ▲                             │                      for each lane
                         ▼    └── spool durable, ACK ───────┘──► rings are released
                       Spool
 
@@ -21,16 +21,16 @@ from typing import Annotated, Any
 
 import msgspec
 import zmq
-from edgedaq.config import Bytes, DAQJobConfig, Seconds
-from edgedaq.frame import MAX_FRAME_BYTES
+from edgedaq.config import DAQJobConfig
 from edgedaq.job import DAQJob
 from edgedaq.job_context import JobContext
+from edgedaq.lane_options import LaneSpec
 from edgedaq.main_config import version
 from edgedaq.memory import keep_large_blocks
 from edgedaq.session_messages import PROTOCOL_VERSION, Hello
 from edgedaq.transport import check_address
 
-from edgedaq_agent.carrier import Carrier, CarrierOptions
+from edgedaq_agent.carrier import Carrier
 
 __all__ = ["Uplink", "UplinkConfig"]
 
@@ -40,15 +40,11 @@ class UplinkConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
 
     Args:
         aggregator: Address of the intake.
-        spool_after: What is not acknowledged by then goes to the spool; 0: everything, first.
-        limit: What the spool may take on disk; then jobs wait.
-        reserve: What it leaves free on the file system.
+        lanes: ``data`` first.
     """
 
     aggregator: str
-    spool_after: Annotated[Seconds, msgspec.Meta(ge=0, le=3600)] = 0.2
-    limit: Annotated[Bytes, msgspec.Meta(ge=4 * MAX_FRAME_BYTES)] = 10 << 30
-    reserve: Annotated[Bytes, msgspec.Meta(ge=0)] = 1 << 30
+    lanes: Annotated[list[LaneSpec], msgspec.Meta(min_length=1, max_length=16)]
 
     def __post_init__(self) -> None:
         self.aggregator = check_address("aggregator", self.aggregator)
@@ -76,17 +72,11 @@ class Uplink(DAQJob):
             node=self.node,
             boot=spec.boot[:64],
             instance=os.urandom(8).hex(),
-            lanes=["data"],
-        )
-        options = CarrierOptions(
-            address=config.aggregator,
-            topics=tuple(spec.forward),
-            spool_after_ns=int(config.spool_after * 1e9),
-            spool_limit_bytes=config.limit,
-            spool_reserve_bytes=config.reserve,
+            lanes=[lane.name for lane in config.lanes],
         )
         with Carrier(
-            options,
+            config.aggregator,
+            config.lanes,
             hello,
             rings_dir=self.rings_dir,
             state_dir=self.state_dir,

@@ -16,6 +16,7 @@ from typing import Any
 from edgedaq.command_line import refuse_broken, run_supervisor
 from edgedaq.config_dir import JobFile, load_jobs, missing_stores, require_directory
 from edgedaq.errors import ConfigError, WireError
+from edgedaq.lane_options import LaneSpec, fit_lanes
 from edgedaq.logsetup import configure, get_logger
 from edgedaq.main_config import (
     check_directory,
@@ -43,7 +44,6 @@ INTAKE_TARGET = "edgedaq_aggregator.intake:Intake"
 DEFAULT_NODE = "aggregator"
 DEFAULT_LISTEN = "tcp://127.0.0.1:7770"
 JOURNAL_USUAL = 20 << 30
-SPOOL_USUAL = 10 << 30
 _INTAKE_STOP_LIMIT_S = 3.0
 
 
@@ -63,7 +63,6 @@ class Aggregator:
     is_standalone: bool
     files: list[JobFile] = field(default_factory=list)
     journal: tuple[int, int] = (0, 0)
-    spool: tuple[int, int] = (0, 0)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -93,17 +92,25 @@ def load(config_dir: Path, *, is_standalone: bool = False, out_dir: Path | None 
         raise ConfigError("\n".join(lines)) from e
     files = _jobs(config_dir)
     stored = out_dir.resolve() if out_dir else resolve_dir(config.out_dir, config_dir, Path("out"))
+    state_dir = resolve_dir(config.state_dir, config_dir, service_state_dir() or stored / ".state")
+    problems: list[str] = []
+    lanes: list[LaneSpec] = []
+    if any(not file.is_store for file in files):
+        try:
+            lanes = fit_lanes(path, config.lanes, ("store",), state_dir)
+        except ConfigError as e:
+            problems.append(str(e))
     place = Place(
         node=config.supervisor_id or (_host_node() if is_standalone else DEFAULT_NODE),
         config_dir=config_dir,
         runtime_dir=runtime_dir,
-        state_dir=resolve_dir(config.state_dir, config_dir, service_state_dir() or stored / ".state"),
+        state_dir=state_dir,
         out_dir=stored,
-        forward=("store",) if any(not file.is_store for file in files) else (),
+        lanes=lanes,
         verbosity=config.verbosity,
     )
     listen = config.listen or ("" if is_standalone else DEFAULT_LISTEN)
-    aggregator = Aggregator(place, config, path, listen, is_standalone, files)
+    aggregator = Aggregator(place, config, path, listen, is_standalone, files, problems=problems)
     _check(aggregator)
     return aggregator
 
@@ -181,16 +188,9 @@ def _setup(aggregator: Aggregator, view: LiveView, lifeline_fd: int | None) -> S
 def _plans(aggregator: Aggregator, listen: str) -> list[WorkerPlan]:
     config, place, path = aggregator.config, aggregator.place, aggregator.path
     plans = [job_plan(file, place) for file in aggregator.files if not file.is_store]
-    if place.forward:
-        lane = config.lanes.data
-        uplink = {
-            "aggregator": listen,
-            "spool_after": lane.spool_after,
-            "limit": aggregator.spool[0],
-            "reserve": aggregator.spool[1],
-        }
-        plans.append(uplink_plan(uplink, place, config_file=path))
-    own = replace(place, forward=())
+    if place.lanes:
+        plans.append(uplink_plan(listen, place, config_file=path))
+    own = replace(place, lanes=())
     intake = {
         "listen": listen,
         "segment": config.journal.segment,
@@ -226,13 +226,10 @@ def _check(aggregator: Aggregator) -> None:
             check_directory(path, key, directory)
         except ConfigError as e:
             aggregator.problems.append(str(e))
-    journal, lane = config.journal, config.lanes.data
+    journal = config.journal
     try:
         aggregator.journal = fit_on_disk(
             path, "journal", journal.limit, journal.reserve, place.state_dir, usual=JOURNAL_USUAL
-        )
-        aggregator.spool = fit_on_disk(
-            path, "lanes.data", lane.limit, lane.reserve, place.state_dir, usual=SPOOL_USUAL
         )
     except ConfigError as e:
         aggregator.problems.append(str(e))
@@ -247,7 +244,7 @@ def _check(aggregator: Aggregator) -> None:
         aggregator.warnings.append(
             f"{agent_toml}: is not read here; {FILE_NAME} may hold what standalone needs"
         )
-    if aggregator.is_standalone and not place.forward:
+    if aggregator.is_standalone and not place.lanes:
         aggregator.warnings.append(f"{place.config_dir}: has no job besides stores; nothing is taken")
 
 

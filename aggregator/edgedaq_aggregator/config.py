@@ -25,7 +25,7 @@ from typing import Annotated
 import msgspec
 from edgedaq.config import Bytes, Verbosity
 from edgedaq.errors import ConfigError
-from edgedaq.main_config import LanesOptions
+from edgedaq.lane_options import LaneOptions
 from edgedaq.names import check_name
 from edgedaq.transport import check_address
 
@@ -59,7 +59,7 @@ class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     runtime_dir: str = ""
     verbosity: Verbosity = "INFO"
     journal: JournalOptions = msgspec.field(default_factory=JournalOptions)
-    lanes: LanesOptions = msgspec.field(default_factory=LanesOptions)
+    lanes: dict[str, LaneOptions] = {}
 
     def __post_init__(self) -> None:
         if self.supervisor_id:

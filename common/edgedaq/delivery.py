@@ -93,6 +93,11 @@ class StreamTable:
         state = self.streams.get(stream)
         return 0 if state is None else state.next_seq
 
+    def progress(self, stream: int) -> tuple[int, int] | None:
+        """Return (next seq, next row) of a stream, open or closed; None for one that was never opened."""
+        state = self.streams.get(stream) or self.tombstones.get(stream)
+        return None if state is None else (state.next_seq, state.next_row)
+
     def apply(self, frame: Frame) -> StreamState:
         """Record that a frame judged ``ACCEPT`` was kept.
 

@@ -23,10 +23,7 @@ from edgedaq.stats import Snapshot
 if TYPE_CHECKING:
     from edgedaq.outlet import Outlet
 
-__all__ = ["UPLINK", "JobContext", "JobStopped", "WorkerSpec"]
-
-UPLINK = "uplink"
-"""Name of the claim by which the uplink holds every ring with topics that leave the node."""
+__all__ = ["JobContext", "JobStopped", "WorkerSpec"]
 
 _OWN_CODE = str(Path(__file__).resolve().parent) + os.sep
 _RAISE_AGAIN_NS = 3_000_000_000
@@ -40,7 +37,7 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     """What a supervisor tells a worker to be.
 
     ``target`` is ``module:Class`` or ``/path/file.py:Class``; ``config`` is the content of its TOML;
-    ``forward`` are the topics that leave the node, none where there is no uplink.
+    ``claims``: consumers that hold every ring from its birth, and their topics: the lanes of the uplink.
     """
 
     unique_id: str
@@ -54,7 +51,7 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     state_dir: str = ""
     out_dir: str = ""
     verbosity: str = "INFO"
-    forward: list[str] = []
+    claims: dict[str, list[str]] = {}
     ring: RingOptions = RingOptions()
     extra: dict[str, Any] = {}
 
@@ -113,9 +110,8 @@ class JobContext:
             with self._making:
                 if self.outlet_or_none is None:
                     spec = self.spec
-                    claims = {UPLINK: list(spec.forward)} if spec.forward else {}
                     identity = Identity(
-                        spec.node, spec.unique_id, spec.job_type, self.life, spec.boot, claims
+                        spec.node, spec.unique_id, spec.job_type, self.life, spec.boot, spec.claims
                     )
                     options = msgspec.structs.asdict(spec.ring)
                     outlet = Outlet(self.rings_dir, identity, owner=self._main, **options)

@@ -26,51 +26,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from edgedaq.errors import WireError
+from edgedaq.lane_parts import AgeMarks, Entry, FromMemory, FromSpool, Release
 
-__all__ = ["Entry", "FromMemory", "FromSpool", "Lane", "Release"]
-
-_AGE_MARKS_MAX = 512
-_AGE_MARK_NS = 1_000_000_000
-
-
-@dataclass(slots=True)
-class Entry:
-    """Whole frames back to back in memory that belongs to ``holder`` (a ring).
-
-    ``release_to`` is the holder's position that is released with this entry; None where a later entry of the
-    same run bears it. ``index`` is the lane's.
-    """
-
-    holder: Hashable
-    frames: memoryview
-    count: int
-    release_to: int | None
-    t_ns: int = 0
-    index: int = -1
-
-
-class Release(NamedTuple):
-    """Nothing of ``holder`` before ``up_to`` is needed any more."""
-
-    holder: Hashable
-    up_to: int
-
-
-class FromSpool(NamedTuple):
-    """What to send next: records of the spool, from a position, as far as ``upto`` at most."""
-
-    position: int
-    upto: int
-
-
-class FromMemory(NamedTuple):
-    """What to send next: whole entries, all of them."""
-
-    entries: list[Entry]
-    size: int
+__all__ = ["Lane"]
 
 
 @dataclass(slots=True)
@@ -129,7 +89,7 @@ class Lane:
         self._held_bytes: dict[Hashable, int] = {}
         self._next_index = 0
         self._moved_ns = 0
-        self._age_marks: deque[tuple[int, int]] = deque()
+        self._ages = AgeMarks()
 
     @property
     def is_empty(self) -> bool:
@@ -155,10 +115,14 @@ class Lane:
         """Return how much of a holder's memory is neither acknowledged nor in the spool."""
         return self._held_bytes.get(holder, 0)
 
+    def is_crowded(self, is_crowded: Callable[[Hashable, int], bool]) -> bool:
+        """Tell whether a holder, by the bytes of it that are here, is short of room."""
+        return any(is_crowded(holder, size) for holder, size in self._held_bytes.items())
+
     def oldest_ns(self) -> int | None:
         """Return when the oldest owed byte arrived (to a second if spooled); None if there is none."""
         if self.spool_acked < self.spool_end:
-            return self._age_marks[0][1] if self._age_marks else None
+            return self._ages.oldest_ns()
         front = self._front()
         return None if front is None else front.t_ns
 
@@ -166,15 +130,13 @@ class Lane:
         """Take an entry, whose time is not before that of the entry before it."""
         entry.index = self._next_index
         self._next_index += 1
-        size = len(entry.frames)
-        self.memory_bytes += size
-        self._held_bytes[entry.holder] = self._held_bytes.get(entry.holder, 0) + size
+        self._hold(entry)
         self._waiting.append(entry)
 
     def note_backlog(self, t_ns: int) -> None:
         """Say how old the spool's content is that was there from the start."""
         if self.spool_acked < self.spool_end:
-            self._age_marks.appendleft((self.spool_acked, t_ns))
+            self._ages.add_first(self.spool_acked, t_ns)
 
     def begin_session(self) -> None:
         """Start a new session: position 0 is the oldest unacknowledged byte."""
@@ -253,10 +215,9 @@ class Lane:
             while self._flown and self._flown[0].index < finish.index:
                 self._leave(self._flown.popleft(), releases)
         self.spool_acked = max(self.spool_acked, finish.spool)
-        while len(self._age_marks) > 1 and self._age_marks[1][0] <= self.spool_acked:
-            self._age_marks.popleft()
+        self._ages.forget_before(self.spool_acked)
         if self.spool_acked >= self.spool_end:
-            self._age_marks.clear()
+            self._ages.clear()
         spooled = self.durable(self.spool_acked)
         return spooled + [Release(*item) for item in releases.items()]
 
@@ -336,14 +297,49 @@ class Lane:
                     address.index = max(address.index, behind)
         if not was_in_spool:
             self._cursor = starts.get(next_index, new_end)
-        if not self._age_marks or done[0][0].t_ns - self._age_marks[-1][1] >= _AGE_MARK_NS:
-            self._mark_age(old_end, done[0][0].t_ns)
+        self._ages.add(old_end, done[0][0].t_ns)
         for group, end in zip(done, ends, strict=True):
             releases: dict[Hashable, int] = {}
             for _ in group:
                 self._leave((self._flown or self._waiting).popleft(), releases)
             self._undurable.append((end, [Release(*item) for item in releases.items()]))
         self.spool_end = new_end
+
+    def drop_front(
+        self, keep: Callable[[Entry], Entry | None], is_enough: Callable[[], bool]
+    ) -> tuple[list[Entry], list[Release]]:
+        """Drop the oldest entries in memory that were not sent, until it is enough; those in flight stay.
+
+        What is in flight is copied, because its holder releases all that lies before what is dropped.
+
+        Args:
+            keep: Returns what of an entry must not be dropped, in memory of its own; None: nothing.
+
+        Returns:
+            The entries that were dropped, and what may be released for it.
+        """
+        releases: dict[Hashable, int] = {}
+        for entry in self._flown:
+            if entry.holder is not None:
+                self._leave(entry, releases)
+                entry.holder, entry.release_to = None, None
+                entry.frames = memoryview(bytes(entry.frames))
+                self._hold(entry)
+        dropped: list[Entry] = []
+        kept: list[Entry] = []
+        while self._waiting and not is_enough():
+            entry = self._waiting.popleft()
+            rest = keep(entry)
+            if rest is not None:
+                rest.index, rest.t_ns = entry.index, entry.t_ns
+                kept.append(rest)
+            if entry.holder is not None:
+                dropped.append(entry)
+            self._leave(entry, releases)
+        for entry in reversed(kept):
+            self._hold(entry)
+            self._waiting.appendleft(entry)
+        return dropped, [Release(*item) for item in releases.items()]
 
     def spool_moved(self, end: int) -> None:
         """Take that the spool was written anew, behind all old positions; everything in it is sent again."""
@@ -370,6 +366,11 @@ class Lane:
             return self._flown[0]
         return self._waiting[0] if self._waiting else None
 
+    def _hold(self, entry: Entry) -> None:
+        size = len(entry.frames)
+        self.memory_bytes += size
+        self._held_bytes[entry.holder] = self._held_bytes.get(entry.holder, 0) + size
+
     def _leave(self, entry: Entry, releases: dict[Hashable, int]) -> None:
         size = len(entry.frames)
         self.memory_bytes -= size
@@ -387,13 +388,7 @@ class Lane:
         if front is None:
             return None
         limit = (front.t_ns + self._spool_after_ns, self._spool_after_ns)
-        if any(is_crowded(holder, size) for holder, size in self._held_bytes.items()):
+        if self.is_crowded(is_crowded):
             crowded_ns = max(front.t_ns, self._moved_ns) + self._crowded_after_ns
             return min(limit, (crowded_ns, min(self._crowded_after_ns, self._spool_after_ns)))
         return limit
-
-    def _mark_age(self, position: int, t_ns: int) -> None:
-        self._age_marks.append((position, t_ns))
-        if len(self._age_marks) > _AGE_MARKS_MAX:
-            kept = list(self._age_marks)
-            self._age_marks = deque(kept[:1] + kept[2::2])

@@ -1,4 +1,4 @@
-"""What ``agent.toml`` and ``aggregator.toml`` have in common: lanes, directories, limits on a disk."""
+"""What ``agent.toml`` and ``aggregator.toml`` have in common: directories, limits on a disk."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import importlib.metadata
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from xxhash import xxh3_64_hexdigest
 
-from edgedaq.config import Bytes, Seconds
 from edgedaq.errors import ConfigError
-from edgedaq.frame import MAX_FRAME_BYTES
 from edgedaq.runtime_dir import check_runtime_dir, default_runtime_dir
 from edgedaq.typed_toml import build, read_toml
 from edgedaq.units import format_bytes
 
 __all__ = [
-    "LaneOptions",
-    "LanesOptions",
     "check_directory",
     "default_state_dir",
     "fit_on_disk",
@@ -34,26 +30,6 @@ __all__ = [
 
 M = TypeVar("M", bound=msgspec.Struct)
 GIB = 1 << 30
-
-
-class LaneOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One lane: ``[lanes.data]``.
-
-    Args:
-        spool_after: What the aggregator has not acknowledged by then goes to the spool on disk.
-        limit: Most that the spool may take; 10 GiB if not given, less on a small disk.
-        reserve: What the spool leaves free on its disk; 1 GiB if not given, less on a small disk.
-    """
-
-    spool_after: Annotated[Seconds, msgspec.Meta(le=3600)] = 0.2
-    limit: Annotated[Bytes, msgspec.Meta(ge=4 * MAX_FRAME_BYTES)] | None = None
-    reserve: Bytes | None = None
-
-
-class LanesOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The lanes of a node."""
-
-    data: LaneOptions = msgspec.field(default_factory=LaneOptions)
 
 
 def read_main(cls: type[M], path: Path) -> M:

@@ -18,6 +18,7 @@ from edgedaq.clock import boot_id
 from edgedaq.config import DAQJobConfig, RingOptions
 from edgedaq.config_dir import JobFile
 from edgedaq.job_context import WorkerSpec
+from edgedaq.lane_options import LaneSpec
 from edgedaq.policy import Policy
 from edgedaq.supervisor import DEVICES, STORES, UPLINK
 from edgedaq.units import format_bytes
@@ -35,7 +36,7 @@ class Place:
     """Where workers run: what all of one supervisor have in common.
 
     Args:
-        forward: Topics that leave the node; empty where there is no uplink.
+        lanes: Of the uplink; none where there is no uplink.
     """
 
     node: str
@@ -43,7 +44,7 @@ class Place:
     runtime_dir: Path
     state_dir: Path
     out_dir: Path
-    forward: Sequence[str] = ()
+    lanes: Sequence[LaneSpec] = ()
     verbosity: str = "INFO"
 
     def spec(
@@ -70,7 +71,7 @@ class Place:
             state_dir=str(self.state_dir),
             out_dir=str(self.out_dir),
             verbosity=verbosity,
-            forward=list(self.forward),
+            claims={lane.claim: list(lane.topics) for lane in self.lanes},
             ring=msgspec.to_builtins(ring),
             extra={},
         )
@@ -127,13 +128,13 @@ def part_plan(
     return WorkerPlan(unique_id, job_type, group, policy, spec)
 
 
-def uplink_plan(config: Mapping[str, Any], place: Place, *, config_file: Path) -> WorkerPlan:
-    """Return the plan of the uplink."""
+def uplink_plan(aggregator: str, place: Place, *, config_file: Path) -> WorkerPlan:
+    """Return the plan of the uplink, which carries the lanes of a place."""
     return part_plan(
         "uplink",
         UPLINK_TARGET,
         UPLINK,
-        config,
+        {"aggregator": aggregator, "lanes": msgspec.to_builtins(list(place.lanes))},
         place,
         config_file=config_file,
         stop_limit_s=_UPLINK_STOP_LIMIT_S,

@@ -137,12 +137,8 @@ class Explainer:
 
     def arrive(self, checkpoint: StreamTable) -> list[Frame]:
         """Return what is still to be explained once a checkpoint behind the hole tells all streams."""
-        frames = list(bridge(self._held, checkpoint, self.reason, self._wants))
+        frames = list(bridge(self.table.progress, checkpoint, self.reason, self._wants))
         for frame in frames:
             if self.table.judge(frame) is Verdict.ACCEPT:
                 self.table.apply(frame)
         return frames
-
-    def _held(self, stream: int) -> tuple[int, int] | None:
-        state = self.table.streams.get(stream) or self.table.tombstones.get(stream)
-        return None if state is None else (state.next_seq, state.next_row)

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from edgedaq.delivery import gap_of
 from edgedaq.frame import Kind
+from edgedaq.lane_options import lane_claim
 from edgedaq.link import Link, LinkClosed
 from edgedaq.segment_format import Record
 from edgedaq.segment_reader import SegmentReader
@@ -31,12 +32,13 @@ class Config(DAQJobConfig, kw_only=True):
     size: int = 1000
     rate_hz: float = 0.0
     store: str = "X"
+    topic: str = ""
 
 class Putter(DAQJob):
     config_type = Config
 
     def start(self):
-        topics = ("store." + self.config.store,)
+        topics = (self.config.topic or "store." + self.config.store,)
         for number in range(self.config.count):
             self.put_raw(struct.pack("<Q", number).ljust(self.config.size, b"."), topics=topics)
             if self.config.rate_hz:
@@ -116,6 +118,8 @@ class Hop2:
         self.log = tmp_path / "log.txt"
         self.port = free_port()
         self.workers: list[Worker] = []
+        self.lanes: list[tuple[str, list[str], dict[str, Any], dict[str, Any]]] = []
+        """Beside ``data``: name, topics, options, and what else its ``LaneSpec`` has."""
 
     def __enter__(self) -> Self:
         return self
@@ -137,13 +141,13 @@ class Hop2:
             "intake", "edgedaq_aggregator.intake:Intake", config, "hub", self.hub_runtime, self.hub_state
         )
 
-    def uplink(self, *, port: int = 0, node: str = "n1", **config: Any) -> Worker:
-        config = {
-            "aggregator": f"tcp://127.0.0.1:{port or self.port}",
-            "limit": 1 << 30,
-            "reserve": 0,
-            **config,
-        }
+    def uplink(self, *, port: int = 0, node: str = "n1", limit: int = 1 << 30, **data: Any) -> Worker:
+        """Start an uplink with the lanes of this hop; ``data`` are options of its first one."""
+        lanes = [
+            {"name": name, "topics": topics, "options": options, "limit": limit, "reserve": 0, **more}
+            for name, topics, options, more in [("data", ["store"], data, {}), *self.lanes]
+        ]
+        config = {"aggregator": f"tcp://127.0.0.1:{port or self.port}", "lanes": lanes}
         return self._start(
             "uplink", "edgedaq_agent.uplink:Uplink", config, node, self.node_runtime, self.node_state
         )
@@ -175,13 +179,16 @@ class Hop2:
             "boot": "boot",
             "runtime_dir": str(runtime_dir),
             "state_dir": str(state_dir),
-            "forward": ["store"] if runtime_dir == self.node_runtime else [],
+            "claims": self._claims() if runtime_dir == self.node_runtime else {},
             "verbosity": "DEBUG",
             **more,
         }
         worker = Worker(spec, self.log)
         self.workers.append(worker)
         return worker
+
+    def _claims(self) -> dict[str, list[str]]:
+        return {"uplink": ["store"], **{lane_claim(name): topics for name, topics, _, _ in self.lanes}}
 
     def numbers(self) -> dict[int, list[int]]:
         """Return what the journal holds: per stream, in order, the numbers of the putter's messages.

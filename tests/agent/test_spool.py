@@ -7,7 +7,7 @@ import threading
 
 import pytest
 from edgedaq.bad_files import BadFiles
-from edgedaq.lane import Entry
+from edgedaq.lane_parts import Entry
 from edgedaq.storage import OsStorage
 from edgedaq_agent.spool import Spool
 

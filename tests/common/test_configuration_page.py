@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from edgedaq.config import DAQJobConfig, RingOptions
-from edgedaq.main_config import LaneOptions
+from edgedaq.lane_options import LaneOptions
 from edgedaq.store_config import (
     DAQJobStoreConfig,
     DAQJobStoreConfigCSV,
@@ -27,7 +27,7 @@ from edgedaq_aggregator.config import AggregatorConfig, JournalOptions
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 SECTIONS: dict[str, type[msgspec.Struct]] = {
     "agent.toml": AgentConfig,
-    "lanes.data": LaneOptions,
+    "lanes.NAME": LaneOptions,
     "aggregator.toml": AggregatorConfig,
     "journal": JournalOptions,
     "Every job and store": DAQJobConfig,
@@ -75,7 +75,7 @@ def test_defaults_are_what_the_page_says(section):
         literal = re.fullmatch(r"`([^`]+)`", told)
         default: Any = getattr(usual, key)
         if literal is None:
-            assert default is None or default == "" or isinstance(default, msgspec.Struct) or key in required
+            assert default in (None, "", {}) or isinstance(default, msgspec.Struct) or key in required
         else:
             given = tomllib.loads(f"key = {literal[1]}")["key"]
             assert getattr(build(cls, {**required, key: given}, "told"), key) == default, key

@@ -44,7 +44,7 @@ class Bench:
     def __init__(self, runtime_dir: Path, config: Any) -> None:
         spec = WorkerSpec(
             unique_id="job1", job_type="Job", target="x:Job", node="node1", boot="boot",
-            runtime_dir=str(runtime_dir), forward=["store", "alarm"],
+            runtime_dir=str(runtime_dir), claims={"uplink": ["store", "alarm"]},
         )  # fmt: skip
         self.context = JobContext(spec)
         self.job = DAQJob(config, self.context)
@@ -272,7 +272,7 @@ def test_a_job_that_consumes_is_handed_every_message_of_its_topics(tmp_path: Pat
     with (
         contextlib.ExitStack() as stack,
         Inlet(rings_dir, "uplink", ["out"], retire=True) as uplink,
-        worker(tmp_path, runtime_dir, code, forward=["out"]) as w,
+        worker(tmp_path, runtime_dir, code, claims={"uplink": ["out"]}) as w,
     ):
         w.until("started")
         pump(uplink, taken, (rings_dir / "job1.wants").exists)

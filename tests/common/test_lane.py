@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 from edgedaq.errors import WireError
-from edgedaq.lane import Entry, FromMemory, FromSpool, Lane, Release
+from edgedaq.lane import Lane
+from edgedaq.lane_parts import Entry, FromMemory, FromSpool, Release
 
 MS = 1_000_000
 NEVER = lambda *_: False  # noqa: E731
@@ -210,3 +211,38 @@ def test_a_part_of_which_nothing_was_left_to_send_is_passed():
     lane.sent_memory(part, 0)
     assert lane.ack(0, 0) == [Release("r", 600)]
     assert lane.is_empty
+
+
+def test_dropping_from_the_front_keeps_what_is_in_flight_and_frees_its_holder():
+    lane = lane_with(600, 600, 600)
+    part = lane.next_part(600)
+    assert isinstance(part, FromMemory)
+    lane.sent_memory(part, part.size)
+    flying = part.entries[0]
+    was = bytes(flying.frames)
+    left = [2]
+
+    def is_enough() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    dropped, releases = lane.drop_front(lambda _: None, is_enough)
+    assert [entry.index for entry in dropped] == [1, 2]
+    assert releases[-1].up_to == dropped[-1].release_to
+    assert bytes(flying.frames) == was
+    assert flying.holder is None
+    assert lane.ack(600, 0) == []
+    assert lane.is_empty
+    assert lane.memory_bytes == 0
+
+
+def test_what_must_not_be_dropped_stays_in_its_place():
+    lane = lane_with(600, 600)
+    kept = Entry(None, memoryview(b"close"), 1, None)
+    dropped, _ = lane.drop_front(
+        lambda entry: kept if entry.index == 0 else None, lambda: lane.memory_bytes == 0
+    )
+    assert len(dropped) == 2
+    part = lane.next_part(1000)
+    assert isinstance(part, FromMemory)
+    assert part.entries == [kept]

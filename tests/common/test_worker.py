@@ -70,7 +70,7 @@ class Worker:
                 "node": "node1",
                 "boot": boot_id(),
                 "runtime_dir": str(runtime_dir),
-                "forward": ["store"],
+                "claims": {"uplink": ["store"]},
                 **spec,
             }
         )

@@ -181,7 +181,9 @@ def test_a_put_inside_a_put_is_refused_and_tears_nothing(tmp_path: Path, runtime
     def report(self):
         return {"refused": self.refused}
     """
-    with worker(tmp_path, runtime_dir, code, forward=["store"], ring={"ring_bytes": 64 << 20}) as job:
+    with worker(
+        tmp_path, runtime_dir, code, claims={"uplink": ["store"]}, ring={"ring_bytes": 64 << 20}
+    ) as job:
         ended = job.until("ended")
         assert job.end() == 0, job.errors
     rows = [row[0] for row in rows_of(drained(runtime_dir / "rings"))]

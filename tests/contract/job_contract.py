@@ -164,7 +164,7 @@ class JobContract:
             node=NODE,
             boot=boot_id(),
             runtime_dir=str(runtime_dir),
-            forward=["store"],
+            claims={"uplink": ["store"]},
         )
         job = RunningJob(spec, runtime_dir)
         try:

@@ -11,7 +11,8 @@ from collections import deque
 
 from edgedaq.delivery import StreamTable, gap_of
 from edgedaq.frame import Kind, decode, encode, pack_map, split
-from edgedaq.lane import Entry, FromMemory, FromSpool, Lane, Release
+from edgedaq.lane import Lane
+from edgedaq.lane_parts import Entry, FromMemory, FromSpool, Release
 from edgedaq.schema import OpenInfo, encode_open
 from edgedaq.session_messages import Ack, Resend
 from edgedaq.transport import DataHeader, pack_data_header, unpack_data_header

@@ -7,10 +7,12 @@ import random
 import selectors
 import socket
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
 _CHUNK = 256 * 1024
+_SLOW_CHUNK = 4096
 
 
 class Proxy:
@@ -22,9 +24,13 @@ class Proxy:
             chunks of at least 4 KiB are damaged, which is data rather than the words of the session: the
             session's own words are guarded by TCP alone until they are encrypted.
         seed: Of the choice of bits.
+        rate_bytes_per_s: How much passes towards the target, all connections together; 0: no limit.
     """
 
-    def __init__(self, target_port: int, *, flip_every_bytes: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, target_port: int, *, flip_every_bytes: int = 0, seed: int = 0, rate_bytes_per_s: int = 0
+    ) -> None:
+        self._rate_bytes_per_s = rate_bytes_per_s
         self.flipped_count = 0
         self._target_port = target_port
         self._flip_every_bytes = flip_every_bytes
@@ -101,9 +107,11 @@ class Proxy:
 
     def _forward(self, source: socket.socket) -> None:
         try:
-            chunk = source.recv(_CHUNK)
+            chunk = source.recv(_CHUNK if not self._rate_bytes_per_s else _SLOW_CHUNK)
             if chunk:
                 if source in self._towards:
+                    if self._rate_bytes_per_s:
+                        time.sleep(len(chunk) / self._rate_bytes_per_s)
                     self._pairs[source].sendall(self._damaged(chunk))
                 elif not self._is_mute:
                     self._pairs[source].sendall(chunk)
