@@ -15,9 +15,11 @@ from edgedaq.store_config import (
     DAQJobStoreConfigCSV,
     DAQJobStoreConfigHDF5,
     DAQJobStoreConfigMySQL,
+    DAQJobStoreConfigParquet,
     DAQJobStoreConfigRaw,
     DAQJobStoreConfigRedis,
     DAQJobStoreConfigROOT,
+    DAQJobStoreConfigSQLite,
 )
 
 __all__ = [
@@ -33,9 +35,11 @@ __all__ = [
     "DAQJobStoreConfigCSV",
     "DAQJobStoreConfigHDF5",
     "DAQJobStoreConfigMySQL",
+    "DAQJobStoreConfigParquet",
     "DAQJobStoreConfigROOT",
     "DAQJobStoreConfigRaw",
     "DAQJobStoreConfigRedis",
+    "DAQJobStoreConfigSQLite",
     "JobStopped",
     "RingOptions",
     "Schema",

@@ -7,17 +7,24 @@ They live here so that an agent can check them without the libraries of the stor
     add_date = true
 
 A job may name several backends at once; each gets all of the data. Files land under ``out_dir/<node>/``.
+
+Rotation closes a file and goes on in the next one, by any of::
+
+    rotate_size = "1 GB"     name.csv, name.000002.csv, ...   a file is left once it is as large
+    rotate_every = "1 h"     2026-05-01T13-00_name.csv        by the UTC time of the data
+    rotate_run = true        run000042_name.csv               by the run that the data was taken in
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from edgedaq.errors import ConfigError
 from edgedaq.names import store_topic
 from edgedaq.typed_toml import build
+from edgedaq.units import Bytes, Seconds
 
 __all__ = [
     "MARKS_FILE",
@@ -26,10 +33,13 @@ __all__ = [
     "DAQJobStoreConfigCSV",
     "DAQJobStoreConfigHDF5",
     "DAQJobStoreConfigMySQL",
+    "DAQJobStoreConfigParquet",
     "DAQJobStoreConfigROOT",
     "DAQJobStoreConfigRaw",
     "DAQJobStoreConfigRedis",
+    "DAQJobStoreConfigSQLite",
     "check_file_path",
+    "check_table_name",
 ]
 
 MARKS_FILE = "_marks.csv"
@@ -42,12 +52,16 @@ STORE_TYPES = {
     "hdf5": "DAQJobStoreHDF5",
     "mysql": "DAQJobStoreMySQL",
     "redis": "DAQJobStoreRedis",
+    "parquet": "DAQJobStoreParquet",
+    "sqlite": "DAQJobStoreSQLite",
 }
 """Key in ``store_config`` → type of the job that stores it."""
 
 _PATH_BYTES_MAX = 512
 _SEGMENT_BYTES_MAX = 200  # leaves room for a date and a number beside the 255 of a file system
 _CONTROL_END = 32
+_TABLE_NAME_MAX = 64  # of MySQL; SQLite has no limit
+_ROTATE_BYTES_MIN = 64 << 10
 
 
 def check_file_path(file_path: str) -> str:
@@ -74,6 +88,29 @@ def check_file_path(file_path: str) -> str:
     raise ConfigError(message)
 
 
+def check_table_name(table_name: str) -> str:
+    """Return ``table_name`` if a table of an SQL database may have it; any other character is quoted.
+
+    Raises:
+        ConfigError: It is empty, too long, has control characters, or is reserved.
+    """
+    if not table_name.strip() or len(table_name) > _TABLE_NAME_MAX:
+        message = f"table_name must have 1 to {_TABLE_NAME_MAX} characters, got {table_name!r}"
+    elif any(ord(char) < _CONTROL_END or char == "\x7f" for char in table_name) or table_name[-1] == " ":
+        message = f"table_name must not have control characters or end with a space, got {table_name!r}"
+    elif not _is_text(table_name):
+        message = f"table_name must be valid Unicode, got {table_name!r}"
+    elif table_name.casefold().startswith(("edgedaq_", "sqlite_")):
+        message = f"table_name must not begin with 'edgedaq_' or 'sqlite_', got {table_name!r}"
+    else:
+        return table_name
+    raise ConfigError(message)
+
+
+def _is_text(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
@@ -89,6 +126,28 @@ class _FileOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         check_file_path(self.file_path)
+
+
+class _RotatedOptions(_FileOptions, frozen=True, forbid_unknown_fields=True):
+    """Options of backends that can end a file and go on in the next one; see the drawing above."""
+
+    rotate_size: Annotated[Bytes, msgspec.Meta(ge=_ROTATE_BYTES_MIN)] | None = None
+    rotate_every: Annotated[Seconds, msgspec.Meta(ge=60)] | None = None
+    rotate_run: bool = False
+
+    @property
+    def is_rotated(self) -> bool:
+        """Some rotation is asked for."""
+        return self.rotate_size is not None or self.rotate_every is not None or self.rotate_run
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rotate_every is not None and self.rotate_every % 60:
+            message = f"rotate_every must be whole minutes, got {self.rotate_every} s"
+            raise ConfigError(message)
+        if getattr(self, "overwrite", False) and self.is_rotated:
+            message = "overwrite keeps one file, rotate_* makes many: only one of them can be given"
+            raise ConfigError(message)
 
 
 class DAQJobStoreConfigCSV(_FileOptions, frozen=True, forbid_unknown_fields=True):
@@ -119,6 +178,22 @@ class DAQJobStoreConfigHDF5(_FileOptions, frozen=True, forbid_unknown_fields=Tru
     dataset_name: str = "data"
 
 
+class DAQJobStoreConfigParquet(_FileOptions, frozen=True, forbid_unknown_fields=True):
+    """``file_path`` is a directory of parts, each complete; ``compression`` of their columns."""
+
+    compression: Literal["zstd", "snappy", "lz4", "none"] = "zstd"
+
+
+class DAQJobStoreConfigSQLite(_FileOptions, frozen=True, forbid_unknown_fields=True):
+    """``file_path`` is a database, ``table_name`` in it: made from the schema if it does not exist."""
+
+    table_name: str = "data"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_table_name(self.table_name)
+
+
 class DAQJobStoreConfigMySQL(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``table_name``: made from the schema if it does not exist."""
 
@@ -142,6 +217,8 @@ class DAQJobStoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     hdf5: DAQJobStoreConfigHDF5 | None = None
     mysql: DAQJobStoreConfigMySQL | None = None
     redis: DAQJobStoreConfigRedis | None = None
+    parquet: DAQJobStoreConfigParquet | None = None
+    sqlite: DAQJobStoreConfigSQLite | None = None
 
     def __post_init__(self) -> None:
         if not self.keys():

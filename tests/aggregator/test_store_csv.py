@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import csv
-import os
-import random
-import subprocess
-import sys
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pyarrow as pa
+import pyarrow.csv
 import pytest
 from edgedaq.batch import arrow_body, arrow_schema_bytes
 from edgedaq.frame import Kind, pack_map
@@ -18,19 +18,20 @@ from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.csv import CsvFormat
 from edgedaq_aggregator.stores.file_backend import FileBackend
 
+from tests.contract.column_contract import ColumnStoreContract
 from tests.contract.faulty_storage import EndedHere, KilledStorage
-from tests.contract.store_contract import FileStoreContract
+from tests.contract.file_contract import AppendStoreContract
 from tests.contract.store_feed import NODE, T0_NS, Feed
 
 
-class TestStoreCSV(FileStoreContract):
+class TestStoreCSV(AppendStoreContract, ColumnStoreContract):
     key = "csv"
 
     def make_backend(self, base: Path, storage: Storage) -> Backend:
         return FileBackend(CsvFormat(), base / "state", base / "out", storage)
 
-    def read_pairs(self, base, file_path):
-        with (base / "out" / NODE / file_path).open(newline="") as file:
+    def read_pairs(self, base, name):
+        with (base / "out" / NODE / name).open(newline="") as file:
             rows = list(csv.reader(file))
         assert rows[0] == ["sequence", "value"]
         return [(int(sequence), float(value)) for sequence, value in rows[1:]]
@@ -42,8 +43,29 @@ class TestStoreCSV(FileStoreContract):
         with path.open(newline="") as file:
             return list(csv.DictReader(file))
 
-    def put_bad_frame(self, feed: Feed, stream: int) -> int:
-        return feed.put(Kind.PACKED, stream, b"not ten rows", rows=10).seq
+    def read_columns(self, base, name, schema):
+        path = base / "out" / NODE / name
+        if not path.exists():
+            raise LookupError(name)
+        as_text = {column.name: pa.string() for column in schema.columns}
+        table = pyarrow.csv.read_csv(
+            path,
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=as_text,
+                null_values=[""],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+            ),
+        )
+        texts = {column.name: table[column.name].to_pylist() for column in schema.columns}
+        return {
+            column.name: [None if text is None else value_of(column, text) for text in texts[column.name]]
+            for column in schema.columns
+        }
+
+    def other(self, name: str) -> str:
+        return name.replace(".dat", ".2.dat")
 
     def lines(self, base: Path, name: str = "data.dat") -> list[str]:
         return (base / "out" / NODE / name).read_text().splitlines()
@@ -266,43 +288,18 @@ class TestStoreCSV(FileStoreContract):
         assert len(self.lines(tmp_path)) == 1 + 2 - refused
         assert self.lines(tmp_path)[-1] == '"{""good"":1}",'
 
-    def test_a_killed_process_is_continued_by_the_next_one(self, tmp_path):
-        count = 60
-        script = (
-            "import sys\n"
-            "from pathlib import Path\n"
-            "from tests.aggregator.test_store_csv import TestStoreCSV, many\n"
-            "store = TestStoreCSV()\n"
-            f"store.feed_all(Path(sys.argv[1]), many({count})[0], per_commit=1)\n"
-        )
-        feed, expected = many(count)
-        seed = random.randrange(1 << 30)
-        print(f"seed {seed}")
-        chance = random.Random(seed)
-        kills = 0
-        for _ in range(4):
-            process = subprocess.Popen(
-                [sys.executable, "-c", script, str(tmp_path)],
-                env={**os.environ, "PYTHONPATH": "common:aggregator:."},
-                cwd=Path(__file__).parents[2],
-                stdout=subprocess.DEVNULL,
-            )
-            data = tmp_path / "out" / NODE / "data.dat"
-            size = data.stat().st_size if data.exists() else 0
-            while process.poll() is None and (not data.exists() or data.stat().st_size == size):
-                pass
-            try:
-                process.wait(chance.uniform(0, 0.1))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                kills += 1
-            process.wait()
-        assert kills
-        self.feed_all(tmp_path, feed)
-        assert self.read_pairs(tmp_path, "data.dat") == expected
 
-
-def many(count: int) -> tuple[Feed, list[tuple[int, float]]]:
-    feed = Feed()
-    feed.open(1, {"csv": {"file_path": "data.dat"}})
-    return feed, [pair for part in range(count) for pair in feed.pairs(1, part * 50, 50)]
+def value_of(column: Column, text: str) -> Any:
+    """Return the value of a field, as the table of ``csv.py`` says."""
+    if column.shape:
+        text = re.sub(r"\b(inf|nan)\b", lambda m: {"inf": "Infinity", "nan": "NaN"}[m[0]], text)
+        return json.loads(text, parse_int=float if column.dtype[0] == "f" else int)
+    if column.dtype == "utf8":
+        return text
+    if column.dtype == "bytes":
+        return bytes.fromhex(text)
+    if column.dtype == "timestamp":
+        return pa.scalar(text.removesuffix("Z")).cast(pa.timestamp("ns")).cast(pa.int64()).as_py()
+    if column.dtype == "bool":
+        return {"true": True, "false": False}[text]
+    return float(text) if column.dtype[0] == "f" else int(text)

@@ -14,20 +14,20 @@ from edgedaq_aggregator.stores.file_backend import FileBackend
 from edgedaq_aggregator.stores.raw import RawFormat
 
 from tests.contract.faulty_storage import EndedHere, KilledStorage
-from tests.contract.store_contract import FileStoreContract
+from tests.contract.file_contract import AppendStoreContract
 from tests.contract.store_feed import NODE, T0_NS, Feed
 
 PAIR = struct.Struct("<qd")
 
 
-class TestStoreRaw(FileStoreContract):
+class TestStoreRaw(AppendStoreContract):
     key = "raw"
 
     def make_backend(self, base: Path, storage: Storage) -> Backend:
         return FileBackend(RawFormat(), base / "state", base / "out", storage)
 
-    def read_pairs(self, base, file_path):
-        return list(PAIR.iter_unpack((base / "out" / NODE / file_path).read_bytes()))
+    def read_pairs(self, base, name):
+        return list(PAIR.iter_unpack((base / "out" / NODE / name).read_bytes()))
 
     def read_marks(self, base):
         path = base / "out" / NODE / "_marks.raw.csv"

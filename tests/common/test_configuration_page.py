@@ -16,9 +16,11 @@ from edgedaq.store_config import (
     DAQJobStoreConfigCSV,
     DAQJobStoreConfigHDF5,
     DAQJobStoreConfigMySQL,
+    DAQJobStoreConfigParquet,
     DAQJobStoreConfigRaw,
     DAQJobStoreConfigRedis,
     DAQJobStoreConfigROOT,
+    DAQJobStoreConfigSQLite,
 )
 from edgedaq.typed_toml import build
 from edgedaq_agent.config import AgentConfig
@@ -39,6 +41,8 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "store_config.hdf5": DAQJobStoreConfigHDF5,
     "store_config.mysql": DAQJobStoreConfigMySQL,
     "store_config.redis": DAQJobStoreConfigRedis,
+    "store_config.parquet": DAQJobStoreConfigParquet,
+    "store_config.sqlite": DAQJobStoreConfigSQLite,
 }
 REQUIRED = {
     "supervisor_id": "node1",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgedaq.storage import Buffer, OsStorage
-
-CHANGES = ("pwritev", "fdatasync", "truncate", "rename", "sync_directory", "unlink")
 
 
 class EndedHere(BaseException):
@@ -26,6 +24,11 @@ class KilledStorage(OsStorage):
         self.count = 0
         self._at = at
 
+    def step(self) -> None:
+        """Count an operation that is not of files, and end before it if it is the one."""
+        if self._step():
+            raise EndedHere
+
     def _step(self) -> bool:
         self.count += 1
         if 0 <= self._at < self.count - 1:
@@ -40,28 +43,23 @@ class KilledStorage(OsStorage):
         return super().pwritev(fd, buffers, offset)
 
     def fdatasync(self, fd: int) -> None:
-        if self._step():
-            raise EndedHere
+        self.step()
         super().fdatasync(fd)
 
     def truncate(self, fd: int, size_bytes: int) -> None:
-        if self._step():
-            raise EndedHere
+        self.step()
         super().truncate(fd, size_bytes)
 
     def rename(self, source: Path, target: Path) -> None:
-        if self._step():
-            raise EndedHere
+        self.step()
         super().rename(source, target)
 
     def sync_directory(self, path: Path) -> None:
-        if self._step():
-            raise EndedHere
+        self.step()
         super().sync_directory(path)
 
     def unlink(self, path: Path) -> None:
-        if self._step():
-            raise EndedHere
+        self.step()
         super().unlink(path)
 
 
@@ -134,4 +132,9 @@ class ReadOnlyStorage(OsStorage):
         return super().lock(path)
 
 
-Storages = Callable[[int], KilledStorage]
+def end_storage(storage: KilledStorage, *, is_cut: bool = False) -> None:
+    """Let the power go, where that is what ends it, and give everything back."""
+    if isinstance(storage, PowerCutStorage):
+        if is_cut:
+            storage.cut()
+        storage.close_all()
