@@ -286,7 +286,7 @@ class TestStoreCSV(AppendStoreContract, ColumnStoreContract):
             feed.put(Kind.EVENT, 1, len(held).to_bytes(4, "little") + held, rows=1, t_first_ns=T0_NS)
         refused = len(self.feed_all(tmp_path, feed))
         assert len(self.lines(tmp_path)) == 1 + 2 - refused
-        assert self.lines(tmp_path)[-1] == '"{""good"":1}",'
+        assert self.lines(tmp_path)[-1] == '"{""good"":1}",""'
 
 
 def value_of(column: Column, text: str) -> Any:

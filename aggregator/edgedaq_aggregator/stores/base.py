@@ -11,7 +11,7 @@ from edgedaq.memory import keep_large_blocks
 
 from edgedaq_aggregator.journal_client import JournalFollower
 from edgedaq_aggregator.stores.backend import Backend
-from edgedaq_aggregator.stores.loop import StoreLoop
+from edgedaq_aggregator.stores.loop import Cadence, StoreLoop
 
 __all__ = ["DAQJobStore"]
 
@@ -32,6 +32,10 @@ class DAQJobStore(DAQJob):
             state_dir: Of this store alone.
         """
         raise NotImplementedError
+
+    def cadence(self) -> Cadence:
+        """Return when it commits."""
+        return Cadence()
 
     def start(self) -> None:
         """Store until asked to stop."""
@@ -61,6 +65,7 @@ class DAQJobStore(DAQJob):
             follow=follow,
             bad_dir=own_dir / "bad",
             stop=context.stop_requested,
+            cadence=self.cadence(),
             beat=self._beat,
         )
 

@@ -24,9 +24,8 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
-from edgedaq.batch import MESSAGE_COLUMN, BatchDecoder, event_of, raw_messages
 from edgedaq.errors import ConfigError, WireError
-from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Frame, Kind
+from edgedaq.frame import Frame
 from edgedaq.open_info import OpenInfo
 from edgedaq.storage import OsStorage
 from edgedaq.store_config import DAQJobStoreConfigCSV
@@ -34,6 +33,7 @@ from edgedaq.store_config import DAQJobStoreConfigCSV
 from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.base import DAQJobStore
 from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
+from edgedaq_aggregator.stores.tables import TableDecoder, dumped
 
 __all__ = ["CsvFormat", "DAQJobStoreCSV"]
 
@@ -63,7 +63,7 @@ class CsvFormat:
 
 class _CsvEncoder:
     def __init__(self, info: OpenInfo) -> None:
-        self._decoder = BatchDecoder(info)
+        self._decoder = TableDecoder(info)
         self._names: list[str] = []
         self._header = b""
 
@@ -75,18 +75,6 @@ class _CsvEncoder:
             raise WireError(message) from e
 
     def _pieces(self, frames: Sequence[Frame]) -> list[Piece]:
-        first = frames[0].kind
-        if first is Kind.RAW:
-            messages = [message.hex() for message in _whole_messages(frames)]
-            return [self._piece([MESSAGE_COLUMN], [_quoted(pa.array(messages, pa.string()))])]
-        if first is Kind.EVENT:
-            events = [event_of(frame) for frame in frames]
-            metadata = [json.dumps(values, default=_hex, separators=(",", ":")) for values, _ in events]
-            arrays = [
-                _text(pa.array(metadata)),
-                pa.array([payload.hex() for _, payload in events], pa.string()),
-            ]
-            return [self._piece(["metadata", "payload"], arrays)]
         return [
             self._piece(batch.schema.names, [_text(column) for column in batch.columns])
             for batch in self._decoder.batches(frames)
@@ -123,7 +111,7 @@ def _text(column: Any) -> Any:
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _joined('"', pc.replace_substring(_json(column), '"', '""'), '"')
     if types.is_nested(kind):
-        return _quoted(pa.array([_dumped(value) for value in column.to_pylist()], pa.string()))
+        return _quoted(pa.array([dumped(value) for value in column.to_pylist()], pa.string()))
     return _plain(column)
 
 
@@ -153,7 +141,7 @@ def _json(column: Any) -> Any:
     inner = flat.type
     texts: Any
     if pa.types.is_struct(inner) or pa.types.is_map(inner):
-        texts = pa.array([_dumped(value) for value in flat.to_pylist()], pa.string())
+        texts = pa.array([dumped(value) for value in flat.to_pylist()], pa.string())
     elif pa.types.is_nested(inner):
         texts = _json(flat)
     elif pa.types.is_string(inner) or pa.types.is_large_string(inner):
@@ -183,31 +171,9 @@ def _quoted(column: Any) -> Any:
     return pc.if_else(special, escaped, column)
 
 
-def _whole_messages(frames: Sequence[Frame]) -> list[bytes]:
-    found: list[bytes] = []
-    parts: list[memoryview] = []
-    for frame in frames:
-        if not frame.flags & FLAG_PIECE:
-            found += [bytes(message) for message in raw_messages(frame)]
-            continue
-        parts.append(frame.body)
-        if not frame.flags & FLAG_CONTINUES:
-            found.append(b"".join(parts))
-            parts = []
-    return found
-
-
 def _compress(data: bytes) -> bytes:
     packed: bytes = pa.compress(data, codec="zstd", asbytes=True)
     return packed
-
-
-def _hex(value: object) -> str:
-    return value.hex() if isinstance(value, bytes) else str(value)
-
-
-def _dumped(value: object) -> str | None:
-    return None if value is None else json.dumps(value, default=_hex, separators=(",", ":"))
 
 
 class DAQJobStoreCSV(DAQJobStore):

@@ -10,8 +10,7 @@ A stream whose file cannot be had (a hostile path, a directory of that name) is 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +19,7 @@ import structlog
 from edgedaq.clock import utc_date
 from edgedaq.delivery import StreamTable
 from edgedaq.errors import ConfigError, StoreError, WireError
-from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Frame, decode
+from edgedaq.frame import Frame, decode
 from edgedaq.open_info import OpenInfo, decode_open
 from edgedaq.storage import Storage
 
@@ -30,6 +29,7 @@ from edgedaq_aggregator.stores.data_file import Buffer, Compressor, DataFile
 from edgedaq_aggregator.stores.data_files import DataFiles
 from edgedaq_aggregator.stores.file_names import PathRefusedError
 from edgedaq_aggregator.stores.marks import MARKS_HEADER, Mark, mark_line, marks_file
+from edgedaq_aggregator.stores.tables import by_time, each_or_refused
 
 __all__ = ["Encoder", "FileBackend", "FileFormat", "FileOptions", "Piece"]
 
@@ -152,8 +152,11 @@ class FileBackend:
         if held.is_superseded:
             return []
         refused: list[Refusal] = []
-        for day, group in self._by_day(held, frames):
-            for piece in self._encode(held.encoder, group, refused):
+        groups: Iterable[tuple[int, Sequence[Frame]]] = [(-1, frames)]
+        if held.options.add_date:
+            groups = by_time(frames, held.info.t_open_ns, _NS_PER_DAY)
+        for day, group in groups:
+            for piece in each_or_refused(held.encoder.encode, group, refused):
                 self._append(stream, held, day, piece)
         return refused
 
@@ -234,29 +237,6 @@ class FileBackend:
             )
         return FileOptions(path)
 
-    def _by_day(self, held: _Stream, frames: Sequence[Frame]) -> Iterator[tuple[int, list[Frame]]]:
-        """Split frames where the UTC day changes; frames without a time belong to the day of their stream."""
-        if not held.options.add_date:
-            yield -1, list(frames)
-            return
-        opened = held.info.t_open_ns
-
-        def day_of(unit: list[Frame]) -> int:
-            return max(unit[0].t_first_ns or opened, 0) // _NS_PER_DAY
-
-        for day, group in itertools.groupby(_units(frames), day_of):
-            yield day, list(itertools.chain.from_iterable(group))
-
-    def _encode(self, encoder: Encoder, frames: list[Frame], refused: list[Refusal]) -> list[Piece]:
-        try:
-            return encoder.encode(frames)
-        except WireError as e:
-            units = _units(frames)
-            if len(units) == 1:
-                refused += [Refusal(frame, str(e)) for frame in frames]
-                return []
-        return [piece for unit in units for piece in self._encode(encoder, unit, refused)]
-
     def _append(self, stream: int, held: _Stream, day: int, piece: Piece) -> None:
         file = held.files.get((day, piece.header))
         if file is None or not self._files.is_usable(file):
@@ -285,16 +265,3 @@ class FileBackend:
                 raise StoreError(str(e)) from e
             held.options = self._refused(stream, held.info, str(e))
             return self._locate(stream, held, -1, header)
-
-
-def _units(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Return what must stay together: single frames, and all pieces of one message."""
-    units: list[list[Frame]] = []
-    is_within = False
-    for frame in frames:
-        if is_within:
-            units[-1].append(frame)
-        else:
-            units.append([frame])
-        is_within = bool(frame.flags & FLAG_PIECE and frame.flags & FLAG_CONTINUES)
-    return units

@@ -1,8 +1,9 @@
 """Stores as jobs: follow the journal, commit, report how far it may be trimmed.
 
 One thread reads, judges and writes; another makes one commit at a time durable meanwhile. The next commit
-starts when the last one has ended and something waits: at once when the journal has nothing more, else as
-soon as ``COMMIT_BYTES`` are together, at the latest after ``COMMIT_LIMIT_S``. So commits grow with the load.
+starts when the last one has ended and something waits: at once when the journal has nothing more, else at
+its ``Cadence``. So commits grow with the load. A store whose commits are dear (a file each) always
+waits for its limits; the journal keeps what is not committed.
 
 A backend that fails (a full disk, a missing permission, a server that is away) holds up only its own store:
 nothing is acknowledged, the error is reported, and after a growing pause everything goes on from the last
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 from edgedaq.clock import utc_ns
@@ -29,10 +30,8 @@ from edgedaq.segment_format import Hole, Record
 from edgedaq_aggregator.stores.backend import Backend, Refusal
 from edgedaq_aggregator.stores.engine import StoreEngine
 
-__all__ = ["Follower", "StoreLoop"]
+__all__ = ["Cadence", "Follower", "StoreLoop"]
 
-COMMIT_BYTES = 16 << 20
-COMMIT_LIMIT_S = 0.2
 UNCOMMITTED_BYTES_MAX = 64 << 20
 POSITION_ONLY_S = 1.0
 """How often a position is committed when nothing of this store came."""
@@ -46,6 +45,17 @@ REPORT_EVERY_S = 0.5
 REPORTED_STREAMS_MAX = 256
 SET_ASIDE_MAX = 64
 TAILS_MAX = 1024
+
+
+class Cadence(NamedTuple):
+    """When a store commits; ``at_once``: whenever the journal has nothing more."""
+
+    commit_bytes: int = 16 << 20
+    limit_s: float = 0.2
+    at_once: bool = True
+
+
+_AT_ONCE = Cadence()
 
 
 class Follower(Protocol):
@@ -81,6 +91,7 @@ class StoreLoop:
         follow: Makes a follower from a position on, or where the journal says (None), for streams that are
             wanted.
         bad_dir: Where refused frames are set aside.
+        cadence: When it commits.
         beat: Called as often as it goes round.
     """
 
@@ -92,6 +103,7 @@ class StoreLoop:
         follow: Callable[[int | None, Callable[[int], bool]], Follower],
         bad_dir: Path,
         stop: threading.Event,
+        cadence: Cadence = _AT_ONCE,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self._key = key
@@ -99,6 +111,7 @@ class StoreLoop:
         self._follow = follow
         self._bad_dir = bad_dir
         self._stop = stop
+        self._cadence = cadence
         self._beat = beat
         self._log = structlog.get_logger().bind(store=key)
         self._pause_s = PAUSE_FIRST_S
@@ -169,7 +182,8 @@ class StoreLoop:
             if not had_changes:
                 begun_s = now
             if under_way is not None and (
-                under_way.done() or engine.uncommitted_bytes >= UNCOMMITTED_BYTES_MAX
+                under_way.done()
+                or engine.uncommitted_bytes >= max(UNCOMMITTED_BYTES_MAX, 2 * self._cadence.commit_bytes)
             ):
                 under_way.result()
                 under_way = None
@@ -193,10 +207,13 @@ class StoreLoop:
         self._refresh(engine, follower, self._report_due_s)
 
     def _is_due(self, engine: StoreEngine, waited_s: float, *, is_caught_up: bool) -> bool:
+        commit_bytes, limit_s, at_once = self._cadence
         if engine.has_changes:
-            return is_caught_up or engine.uncommitted_bytes >= COMMIT_BYTES or waited_s >= COMMIT_LIMIT_S
+            return (
+                (at_once and is_caught_up) or engine.uncommitted_bytes >= commit_bytes or waited_s >= limit_s
+            )
         moved = (engine.position or 0) - (engine.committed_position or 0)
-        return moved >= COMMIT_BYTES or (
+        return moved >= commit_bytes or (
             moved > 0 and time.monotonic() - self._last_commit_s >= POSITION_ONLY_S
         )
 
