@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from edgedaq_agent.jobs.benchmark import DAQJobBenchmark, DAQJobBenchmarkConfig
+from edgedaq_agent.jobs.benchmark import COLUMNS, SCHEMA, DAQJobBenchmark, DAQJobBenchmarkConfig, rows_of
 
 
 class WaitingConfig(DAQJobBenchmarkConfig, kw_only=True):
@@ -13,6 +13,7 @@ class WaitingConfig(DAQJobBenchmarkConfig, kw_only=True):
 
     go_path: str
     begun_path: str
+    streams: int = 1
 
 
 class WaitingBenchmark(DAQJobBenchmark):
@@ -26,4 +27,9 @@ class WaitingBenchmark(DAQJobBenchmark):
         while not Path(self.config.go_path).exists():
             self.sleep(0.005)
         Path(self.config.begun_path).write_text(str(time.monotonic_ns()), encoding="ascii")
-        super().start()
+        if self.config.streams == 1:
+            super().start()
+            return
+        for sequence in self._sequences():
+            tag = str(sequence % self.config.streams)
+            self.put_rows(rows_of(sequence, self.config.payload_size), COLUMNS, schema=SCHEMA, tag=tag)

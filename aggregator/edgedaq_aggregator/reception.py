@@ -76,6 +76,9 @@ class Reception:
         self._log = get_logger()
         self._owners = StreamOwners(journal.table)
         self._touched: set[bytes] = set()
+        """Sessions that sent something since the last acknowledgements."""
+        self._awaited: set[bytes] = set()
+        """Sessions with parts in the journal that are not durable."""
         self._durable = -1
         self._journal_end = 0
         self._is_full = False
@@ -223,23 +226,26 @@ class Reception:
         """Tell sessions what has become durable, and their credit."""
         durable = self._journal.durable
         if durable != self._durable:
-            peers = list(self._peers.sessions.by_peer)
-        elif self._touched:
-            peers = list(self._touched)
-        else:
+            self._touched |= self._awaited
+        elif not self._touched:
             return
         self._durable = durable
-        self._touched.clear()
+        peers, self._touched = self._touched, set()
         t_utc_ns = utc_ns()
         for peer in peers:
             session = self._peers.sessions.by_peer.get(peer)
             if session is None:
+                self._awaited.discard(peer)
                 continue
             for lane in session.lanes:
                 samples = lane.durable(durable)
                 if samples:
                     self._peers.nodes[session.node].add_latencies(samples, t_utc_ns, now_ns)
                 self._peers.send_ack(session, lane)
+            if any(lane.pending for lane in session.lanes):
+                self._awaited.add(peer)
+            else:
+                self._awaited.discard(peer)
 
     def _tick(self, now_ns: int) -> None:
         self._peers.tick(now_ns)
