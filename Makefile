@@ -15,10 +15,11 @@ REPEATS ?= 5
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench clean
+# make bench-compare: what else a user might pick, measured in the same run.
+.PHONY: help venv demo test check bench bench-compare clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## make .venv and install EdgeDAQ into it, editable
 
@@ -43,9 +44,16 @@ check: $(STAMP) ## format, lint, types, layers, dependencies, dead code
 	$(BIN)/deptry common agent aggregator
 	$(BIN)/vulture
 
-bench: $(STAMP) ## throughput and latency end to end, beside the bare disk in the same run
+bench: $(STAMP) ## throughput, latency, processor, memory, and how they grow; beside the bare disk in the same run
 	$(BIN)/python -m benchmarks.end_to_end --repeats '$(REPEATS)'
+	$(BIN)/python -m benchmarks.footprint --repeats '$(REPEATS)'
+	$(BIN)/python -m benchmarks.scaling --repeats '$(REPEATS)'
+
+bench-compare: $(STAMP) ## beside Redis streams, plain ZMQ and arroyopy (in an environment of its own)
+	$(PYTHON) -m venv $(VENV)-compare
+	$(VENV)-compare/bin/python -m pip install --quiet 'arroyopy[zmq]'
+	$(BIN)/python -m benchmarks.compare --repeats '$(REPEATS)' --arroyo-python $(VENV)-compare/bin/python
 
 clean: ## remove what make and the tools made; never data
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-compare .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
