@@ -10,6 +10,7 @@ from typing import Any
 from edgedaq.command_line import refuse_broken, run_supervisor
 from edgedaq.config_dir import JobFile, load_jobs, require_directory
 from edgedaq.errors import ConfigError
+from edgedaq.keys import enrolment_path
 from edgedaq.lane_options import LaneSpec, fit_lanes
 from edgedaq.logsetup import configure, get_logger
 from edgedaq.main_config import (
@@ -27,6 +28,7 @@ from edgedaq.stats import NodeReport
 from edgedaq.supervisor import Supervisor, SupervisorSetup
 
 from edgedaq_agent.config import FILE_NAME, AgentConfig
+from edgedaq_agent.dialling import Dialling
 
 __all__ = ["ROLE", "Agent", "load", "run", "runtime_dir_of"]
 
@@ -86,6 +88,10 @@ def load(config_dir: Path) -> Agent:
             check_directory(path, key, directory)
         except ConfigError as e:
             agent.problems.append(str(e))
+    try:
+        Dialling(config.aggregator, enrolment_path(config_dir), config.supervisor_id).destination()
+    except ConfigError as e:
+        agent.warnings.append(f"{path}: {e}; until then data waits in the spool")
     too_large, warnings = check_rings(path, files, config.ring_bytes, runtime_dir)
     agent.problems += too_large
     agent.warnings += warnings
@@ -125,8 +131,9 @@ def run(config_dir: Path, *, lifeline_fd: int | None = None) -> int:
 
 def _setup(agent: Agent, lifeline_fd: int | None) -> SupervisorSetup:
     place = agent.place
+    uplink = {"aggregator": agent.config.aggregator, "enrolment": str(enrolment_path(place.config_dir))}
     plans = [job_plan(file, place) for file in agent.files]
-    plans.append(uplink_plan(agent.config.aggregator, place, config_file=agent.path))
+    plans.append(uplink_plan(uplink, place, config_file=agent.path))
 
     def forward_report(supervisor: Supervisor, report: NodeReport) -> None:
         supervisor.send("uplink", {"type": "node_report", "report": report.to_map()})

@@ -23,6 +23,7 @@ from edgedaq.lane_options import LaneSpec
 from edgedaq.session_messages import Ack, Hello, Report
 from edgedaq.transport import PART_BYTES, PART_BYTES_MIN
 
+from edgedaq_agent.dialling import Dialling
 from edgedaq_agent.lane_carrier import LaneCarrier
 from edgedaq_agent.link_window import LinkWindow
 from edgedaq_agent.session import LaneMessage, Session
@@ -67,7 +68,7 @@ class Carrier:
 
     def __init__(
         self,
-        address: str,
+        dialling: Dialling,
         lanes: Sequence[LaneSpec],
         hello: Hello,
         *,
@@ -76,7 +77,6 @@ class Carrier:
         context: zmq.Context[Any],
         took: Callable[[int, int], object],
     ) -> None:
-        self._address = address
         self._bad = BadFiles(state_dir / "bad")
         self._stack = ExitStack()
         with self._stack:
@@ -94,7 +94,7 @@ class Carrier:
                 )
                 for number, spec in enumerate(lanes)
             ]
-            self._session = self._stack.enter_context(Session(address, hello, context))
+            self._session = self._stack.enter_context(Session(dialling, hello, context))
             self._stack = self._stack.pop_all()
         self._credit = [0] * len(self._lanes)
         self._turns = [0.0] * len(self._lanes)
@@ -270,7 +270,7 @@ class Carrier:
         problems = [f"lane {name}: {facts['spool_problem']}" for name, facts in lanes.items()]
         return {
             "link": "up" if is_up else "down",
-            "aggregator": self._address,
+            "aggregator": session.address,
             "reason": "" if is_up else session.reason,
             "session_age_s": (now_ns - session.begun_ns) / 1e9 if is_up else None,
             **{key: sum(facts[key] for facts in lanes.values()) for key in _SUMMED},

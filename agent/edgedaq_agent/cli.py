@@ -1,4 +1,4 @@
-"""``edgedaq-agent``: run, check, status."""
+"""``edgedaq-agent``: run, check, status, join."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from edgedaq.command_line import (
     say,
     show_status,
 )
+from edgedaq.keys import enrolment_path
 from edgedaq.main_config import version
 
 from edgedaq_agent import app
+from edgedaq_agent.join import join
 
 __all__ = ["main"]
 
@@ -27,6 +29,7 @@ examples:
   edgedaq-agent run    --config-dir configs/agent      until Ctrl-C or SIGTERM
   edgedaq-agent status --config-dir configs/agent      in a second terminal
   edgedaq-agent status --config-dir configs/agent --watch
+  edgedaq-agent join ADDRESS TOKEN --config-dir configs/agent    once, as `edgedaq-aggregator invite` says
 
 exit status: 0; 78 if a configuration must be edited; 1 for everything else
 """
@@ -51,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         ("run", _run, "run the jobs of a directory until stopped"),
         ("check", _check, "find every mistake in a directory; start nothing"),
         ("status", _status, "show what a running agent does"),
+        ("join", _join, "make this node's key and let an aggregator know it, by an invitation"),
     ):
         command = commands.add_parser(
             name,
@@ -61,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(command=function)
         add_config_dir(command)
+        if name == "join":
+            command.add_argument(
+                "address", metavar="ADDRESS", help="where the aggregator listens, tcp://HOST:PORT"
+            )
+            command.add_argument(
+                "token", metavar="TOKEN", help="what the invitation says; valid once, for an hour"
+            )
         if name == "run":
             add_lifeline(command)
         if name == "status":
@@ -88,6 +99,16 @@ def _status(options: argparse.Namespace) -> int:
         as_json=options.json,
         watch=options.watch,
     )
+
+
+def _join(options: argparse.Namespace) -> int:
+    enrolment = join(options.config_dir, options.address, options.token)
+    say(
+        f"{enrolment.node} has joined {enrolment.aggregator}\n"
+        f"its key is in {enrolment_path(options.config_dir)}; now: "
+        f"edgedaq-agent run --config-dir {options.config_dir}"
+    )
+    return 0
 
 
 if __name__ == "__main__":

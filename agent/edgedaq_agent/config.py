@@ -3,7 +3,7 @@
 ::
 
     supervisor_id = "hall-b-pi3"            # the node's name; required
-    aggregator = "tcp://127.0.0.1:7770"
+    aggregator = "tcp://10.0.0.1:7770"      # left out: where the node has joined, else this machine
     forward = ["store"]                     # topics that leave the node
     state_dir = "/var/lib/edgedaq"          # the spool; relative paths begin at the directory of this file
     runtime_dir = "/run/edgedaq"            # shared memory and sockets; on tmpfs
@@ -36,7 +36,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """``agent.toml``. What is not given for directories is chosen by ``app``."""
 
     supervisor_id: str
-    aggregator: str = "tcp://127.0.0.1:7770"
+    aggregator: str = ""
     forward: tuple[str, ...] = ("store",)
     state_dir: str = ""
     runtime_dir: str = ""
@@ -46,6 +46,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         check_name("supervisor_id", self.supervisor_id)
-        check_address("aggregator", self.aggregator, listens=False)
+        if self.aggregator:
+            check_address("aggregator", self.aggregator, has_keys=True)
         for topic in self.forward:
             check_topic(topic)

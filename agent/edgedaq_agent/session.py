@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import zmq
 from edgedaq.clock import mono_ns, utc_ns
-from edgedaq.errors import WireError
+from edgedaq.errors import ConfigError, WireError
 from edgedaq.logsetup import get_logger
 from edgedaq.session_messages import (
     Ack,
@@ -40,10 +40,11 @@ from edgedaq.session_messages import (
     decode_from_intake,
     encode_message,
 )
-from edgedaq.transport import PING_INTERVAL_S, SILENCE_LIMIT_S, backoff_s, set_dealer_options
+from edgedaq.transport import PING_INTERVAL_S, SILENCE_LIMIT_S, backoff_s
 from zmq.utils.monitor import recv_monitor_message
 
 from edgedaq_agent.clock_offset import ClockOffset, Offset
+from edgedaq_agent.dialling import FAILED_EVENTS, Dialling, open_dealer, why_failed
 
 __all__ = ["LaneMessage", "Session", "SessionState"]
 
@@ -53,15 +54,9 @@ LaneMessage = Ack | Resend | Refused | Unknown | Ahead
 _SILENCE_NS = int(SILENCE_LIMIT_S * 1e9)
 _PING_NS = int(PING_INTERVAL_S * 1e9)
 _HEALTHY_NS = 5_000_000_000
+_NOT_JOINED_S = 1.0
 _RECEIVE_MAX = 200
-_EVENTS = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
+_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | FAILED_EVENTS
 _jitter = random.random
 
 
@@ -77,8 +72,7 @@ class SessionState(enum.Enum):
 class Session:
     """The sessions of one uplink with one aggregator, one after the other. A context manager."""
 
-    def __init__(self, address: str, hello: Hello, context: zmq.Context[Any]) -> None:
-        self.address = address
+    def __init__(self, dialling: Dialling, hello: Hello, context: zmq.Context[Any]) -> None:
         self.state = SessionState.WAITING
         self.reason = "not tried yet"
         """Why there is no session, in words."""
@@ -89,6 +83,8 @@ class Session:
         """Position up to which each lane may send before the first ACK."""
         self.sent: list[int] = []
         """Position up to which each lane has sent in this session, kept by the owner; told with each PING."""
+        self._dialling = dialling
+        self._has_keys = False
         self._hello = hello
         self._context = context
         self._socket: zmq.Socket[bytes] | None = None
@@ -99,7 +95,7 @@ class Session:
         self._heard_ns = 0
         self._ping_ns = 0
         self._has_handshake = False
-        self._log = get_logger(aggregator=address)
+        self._log = get_logger(aggregator=dialling.address)
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +104,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._close_socket()
+
+    @property
+    def address(self) -> str:
+        """Where the aggregator is, as far as that is known."""
+        return self._dialling.address
 
     @property
     def is_up(self) -> bool:
@@ -180,12 +181,17 @@ class Session:
         self._close_socket()
 
     def _connect(self, now_ns: int) -> None:
-        socket = self._context.socket(zmq.DEALER)
-        set_dealer_options(socket, self.address)
+        self.state = SessionState.CONNECTING
+        try:
+            destination = self._dialling.destination()
+        except ConfigError as e:
+            self._lose(str(e), now_ns, _NOT_JOINED_S)
+            return
+        self._has_keys = destination.keys is not None
+        socket = open_dealer(destination, self._context)
         self._socket = socket
         self._monitor = socket.get_monitor_socket(_EVENTS)
-        socket.connect(self.address)
-        self.state = SessionState.CONNECTING
+        socket.connect(destination.address)
         self._has_handshake = False
         self._heard_ns = now_ns
         self._due_ns = now_ns + _SILENCE_NS
@@ -241,20 +247,18 @@ class Session:
     def _watch_connection(self, now_ns: int) -> None:
         while self._monitor is not None:
             try:
-                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)["event"]
+                told = recv_monitor_message(self._monitor, zmq.NOBLOCK)
             except zmq.Again:
                 return
+            event = told["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._has_handshake = True
                 self.state = SessionState.GREETING
                 self.send(self._hello)
-            elif event == zmq.EVENT_DISCONNECTED:
-                text = "the connection was cut" if self._has_handshake else "who answers there is no intake"
-                self._lose(text, now_ns)
-            elif event == zmq.EVENT_CLOSED:
-                self._lose("nobody listens there", now_ns)
             elif event != zmq.EVENT_MONITOR_STOPPED:
-                self._lose("who answers there is no intake", now_ns)
+                has_keys, had_handshake = self._has_keys, self._has_handshake
+                text = why_failed(event, told["value"], has_keys=has_keys, had_handshake=had_handshake)
+                self._lose(text, now_ns)
 
     def _keep_alive(self, now_ns: int) -> None:
         if now_ns - self._heard_ns > _SILENCE_NS:

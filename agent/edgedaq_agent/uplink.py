@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -31,6 +32,7 @@ from edgedaq.session_messages import PROTOCOL_VERSION, Hello
 from edgedaq.transport import check_address
 
 from edgedaq_agent.carrier import Carrier
+from edgedaq_agent.dialling import Dialling
 
 __all__ = ["Uplink", "UplinkConfig"]
 
@@ -39,15 +41,18 @@ class UplinkConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
     """What the agent tells its uplink; users write it in ``agent.toml``.
 
     Args:
-        aggregator: Address of the intake.
+        aggregator: Address of the intake; empty: where the node has joined.
+        enrolment: File that ``join`` writes; empty: there is none to be, and no keys.
         lanes: ``data`` first.
     """
 
-    aggregator: str
     lanes: Annotated[list[LaneSpec], msgspec.Meta(min_length=1, max_length=16)]
+    aggregator: str = ""
+    enrolment: str = ""
 
     def __post_init__(self) -> None:
-        self.aggregator = check_address("aggregator", self.aggregator)
+        if self.aggregator:
+            self.aggregator = check_address("aggregator", self.aggregator, has_keys=bool(self.enrolment))
 
 
 class Uplink(DAQJob):
@@ -74,8 +79,9 @@ class Uplink(DAQJob):
             instance=os.urandom(8).hex(),
             lanes=[lane.name for lane in config.lanes],
         )
+        enrolment = Path(config.enrolment) if config.enrolment else None
         with Carrier(
-            config.aggregator,
+            Dialling(config.aggregator, enrolment, self.node),
             config.lanes,
             hello,
             rings_dir=self.rings_dir,

@@ -16,6 +16,7 @@ from typing import Any
 from edgedaq.command_line import refuse_broken, run_supervisor
 from edgedaq.config_dir import JobFile, load_jobs, missing_stores, require_directory
 from edgedaq.errors import ConfigError, WireError
+from edgedaq.keys import ENROLMENT_NAME, Enrolment, aggregator_keys, new_key_pair, write_enrolment
 from edgedaq.lane_options import LaneSpec, fit_lanes
 from edgedaq.logsetup import configure, get_logger
 from edgedaq.main_config import (
@@ -35,6 +36,7 @@ from edgedaq.supervisor import INTAKE, Supervisor, SupervisorSetup
 from edgedaq.worker_process import WorkerPlan
 
 from edgedaq_aggregator.config import FILE_NAME, AggregatorConfig
+from edgedaq_aggregator.node_commands import own_address
 from edgedaq_aggregator.stats_files import Statistics
 
 __all__ = ["ROLE", "Aggregator", "LiveView", "load", "run", "runtime_dir_of"]
@@ -176,7 +178,7 @@ def _setup(aggregator: Aggregator, view: LiveView, lifeline_fd: int | None) -> S
         role="standalone" if aggregator.is_standalone else ROLE,
         version=version(),
         runtime_dir=place.runtime_dir,
-        plans=_plans(aggregator, listen),
+        plans=_plans(aggregator, listen, _own_key(aggregator, listen)),
         on_report=take_report,
         on_message=take_message,
         on_end=statistics.close,
@@ -185,11 +187,33 @@ def _setup(aggregator: Aggregator, view: LiveView, lifeline_fd: int | None) -> S
     )
 
 
-def _plans(aggregator: Aggregator, listen: str) -> list[WorkerPlan]:
+def _own_key(aggregator: Aggregator, listen: str) -> str:
+    """Return the public key of this aggregator's own uplink, made anew; empty where it needs none.
+
+    It is in no file of nodes: the intake is told.
+    """
+    place = aggregator.place
+    if not aggregator.config.has_keys or not place.lanes:
+        return ""
+    keys = new_key_pair()
+    enrolment = Enrolment(
+        node=place.node,
+        aggregator=own_address(listen),
+        aggregator_key=aggregator_keys(place.state_dir).public,
+        secret_key=keys.secret,
+    )
+    write_enrolment(place.runtime_dir / ENROLMENT_NAME, enrolment)
+    return keys.public
+
+
+def _plans(aggregator: Aggregator, listen: str, own_key: str) -> list[WorkerPlan]:
     config, place, path = aggregator.config, aggregator.place, aggregator.path
     plans = [job_plan(file, place) for file in aggregator.files if not file.is_store]
     if place.lanes:
-        plans.append(uplink_plan(listen, place, config_file=path))
+        uplink = {"aggregator": listen}
+        if own_key:
+            uplink = {"enrolment": str(place.runtime_dir / ENROLMENT_NAME)}
+        plans.append(uplink_plan(uplink, place, config_file=path))
     own = replace(place, lanes=())
     intake = {
         "listen": listen,
@@ -198,6 +222,8 @@ def _plans(aggregator: Aggregator, listen: str) -> list[WorkerPlan]:
         "reserve": aggregator.journal[1],
         "keep": config.journal.keep,
         "stores": [file.unique_id for file in aggregator.files if file.is_store],
+        "has_keys": config.has_keys,
+        "own_key": own_key,
     }
     plans.append(
         part_plan(

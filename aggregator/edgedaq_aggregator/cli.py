@@ -1,4 +1,4 @@
-"""``edgedaq-aggregator``: run, check, status, nodes, standalone, demo."""
+"""``edgedaq-aggregator``: run, check, status, nodes, invite, revoke, standalone, demo."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from edgedaq.main_config import version
 from edgedaq_aggregator import app
 from edgedaq_aggregator.demo import run_demo
 from edgedaq_aggregator.ledger import format_ledger, read_ledger
+from edgedaq_aggregator.node_commands import add_invite, invite, revoke, show_nodes
 from edgedaq_aggregator.standalone import run_standalone
 
 __all__ = ["main"]
@@ -32,6 +33,8 @@ examples:
   edgedaq-aggregator run        --config-dir configs/aggregator     until Ctrl-C or SIGTERM
   edgedaq-aggregator status     --config-dir configs/aggregator     in a second terminal
   edgedaq-aggregator nodes      --config-dir configs/aggregator     one line per node
+  edgedaq-aggregator invite NODE --config-dir configs/aggregator    what to type on a new node
+  edgedaq-aggregator revoke NODE --config-dir configs/aggregator    nobody gets in with its key any more
   edgedaq-aggregator standalone --config-dir my_project --out data  jobs and stores on one machine
   edgedaq-aggregator demo       --out out --seconds 20              see it work, without any hardware
 
@@ -58,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         ("run", _run, "run intake and stores until stopped"),
         ("check", _check, "find every mistake in a directory; start nothing"),
         ("status", _status, "show what a running aggregator does: jobs, nodes, lags, ledger"),
-        ("nodes", _nodes, "show the nodes of a running aggregator"),
+        ("nodes", _nodes, "show the nodes: keys, expiry, when last heard of"),
+        ("invite", _invite, "let a node join within the hour; print what to type there"),
+        ("revoke", _revoke, "end a node's session and let its key in no more"),
         ("standalone", _standalone, "run jobs and stores of one directory on this machine until stopped"),
         ("demo", _demo, "run an aggregator and an agent with simulated and real data, then stop"),
     ):
@@ -76,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
             add_lifeline(command)
         if name in ("status", "nodes"):
             add_status(command)
+        if name in ("invite", "revoke"):
+            command.add_argument("node", metavar="NODE", help="its supervisor_id")
+        if name == "invite":
+            add_invite(command)
         if name == "standalone":
             command.add_argument("--out", type=Path, metavar="DIR", help="where files are stored (./out)")
         if name == "demo":
@@ -111,17 +120,18 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _nodes(options: argparse.Namespace) -> int:
-    return show_status(
-        app.runtime_dir_of(options.config_dir),
-        f"edgedaq-aggregator run --config-dir {options.config_dir}",
-        as_json=options.json,
-        watch=options.watch,
-        refine=_only_nodes,
-    )
+    aggregator = app.load(options.config_dir)
+    return show_nodes(aggregator, as_json=options.json, watch=options.watch)
 
 
-def _only_nodes(status: dict[str, Any]) -> dict[str, Any]:
-    return {"statistics": {"nodes": status["statistics"]["nodes"]}}
+def _invite(options: argparse.Namespace) -> int:
+    say(invite(app.load(options.config_dir), options))
+    return 0
+
+
+def _revoke(options: argparse.Namespace) -> int:
+    say(revoke(app.load(options.config_dir), options.node))
+    return 0
 
 
 def _with_ledger(status: dict[str, Any]) -> dict[str, Any]:

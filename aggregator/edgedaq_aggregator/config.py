@@ -3,7 +3,8 @@
 ::
 
     supervisor_id = "aggregator"
-    listen = "tcp://127.0.0.1:7770"
+    listen = "tcp://0.0.0.0:7770"           # other than this machine alone: nodes need keys
+    require_keys = false                    # also where it listens for this machine alone
     out_dir = "/srv/daq"                    # stored data; relative paths begin at the directory of this file
     state_dir = "/var/lib/edgedaq"          # the journal, and what stores know of their files
     runtime_dir = "/run/edgedaq"            # sockets; on tmpfs
@@ -27,7 +28,7 @@ from edgedaq.config import Bytes, Verbosity
 from edgedaq.errors import ConfigError
 from edgedaq.lane_options import LaneOptions
 from edgedaq.names import check_name
-from edgedaq.transport import check_address
+from edgedaq.transport import check_address, is_loopback
 
 __all__ = ["FILE_NAME", "AggregatorConfig", "JournalOptions"]
 
@@ -54,6 +55,7 @@ class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     supervisor_id: str = ""
     listen: str = ""
+    require_keys: bool = False
     out_dir: str = ""
     state_dir: str = ""
     runtime_dir: str = ""
@@ -65,4 +67,9 @@ class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         if self.supervisor_id:
             check_name("supervisor_id", self.supervisor_id)
         if self.listen:
-            check_address("listen", self.listen, listens=False)
+            check_address("listen", self.listen, has_keys=True)
+
+    @property
+    def has_keys(self) -> bool:
+        """Nodes are let in by their keys; always, except on an address of this machine alone."""
+        return self.require_keys or not (not self.listen or is_loopback(self.listen))

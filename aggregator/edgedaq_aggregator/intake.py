@@ -6,6 +6,7 @@ At its end everything that was received is durable.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from typing import Annotated, Any
 
@@ -15,12 +16,16 @@ from edgedaq.bad_files import BadFiles
 from edgedaq.config import Bytes, DAQJobConfig
 from edgedaq.job import DAQJob
 from edgedaq.job_context import JobContext
+from edgedaq.keys import aggregator_keys
 from edgedaq.main_config import version
 from edgedaq.memory import keep_large_blocks
 from edgedaq.transport import check_address
 
+from edgedaq_aggregator.authority import NodesFile
+from edgedaq_aggregator.gatekeeper import Gatekeeper
 from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.reception import Reception
+from edgedaq_aggregator.refusals import Refusals
 
 __all__ = ["Intake", "IntakeConfig"]
 
@@ -37,6 +42,8 @@ class IntakeConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
         reserve: What it leaves free on the file system.
         keep: What is kept for stores that come later.
         stores: Stores that are configured.
+        has_keys: Whether nodes are let in by their keys; without, the address is this machine's alone.
+        own_key: Public key of this aggregator's own uplink, if there is one.
     """
 
     listen: str
@@ -45,9 +52,11 @@ class IntakeConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
     reserve: Annotated[Bytes, msgspec.Meta(ge=0)] = 1 << 30
     keep: Annotated[Bytes, msgspec.Meta(ge=0)] = 256 << 20
     stores: tuple[str, ...] = ()
+    has_keys: bool = False
+    own_key: str = ""
 
     def __post_init__(self) -> None:
-        self.listen = check_address("listen", self.listen, listens=True)
+        self.listen = check_address("listen", self.listen, listens=True, has_keys=self.has_keys)
 
 
 class Intake(DAQJob):
@@ -72,7 +81,34 @@ class Intake(DAQJob):
         _allow_connections()
         config = self.config
         context: zmq.Context[Any] = zmq.Context.instance()
-        with Journal(
+        refusals = Refusals()
+        with contextlib.ExitStack() as stack:
+            gatekeeper = None
+            if config.has_keys:
+                own = (self.node, config.own_key) if config.own_key else None
+                nodes_file = NodesFile(self.state_dir, self.node)
+                keys = aggregator_keys(self.state_dir)
+                gatekeeper = Gatekeeper(nodes_file, keys, own, refusals, context)
+                stack.callback(gatekeeper.close)
+            journal = stack.enter_context(self._journal(context))
+            reception = Reception(
+                config.listen,
+                journal,
+                refusals,
+                gatekeeper,
+                version=version()[:64],
+                bad=BadFiles(self.state_dir / "bad"),
+                context=context,
+                take_report=self._forward,
+                take_rows=self.context.took,
+            )
+            self._reception = reception
+            stack.callback(reception.close)
+            reception.run(lambda: self.is_stopping, self.stop_fd)
+
+    def _journal(self, context: zmq.Context[Any]) -> Journal:
+        config = self.config
+        return Journal(
             self.state_dir / "journal",
             self.runtime_dir,
             limit_bytes=config.limit,
@@ -81,21 +117,7 @@ class Intake(DAQJob):
             keep_bytes=config.keep,
             stores=config.stores,
             context=context,
-        ) as journal:
-            reception = Reception(
-                config.listen,
-                journal,
-                version=version()[:64],
-                bad=BadFiles(self.state_dir / "bad"),
-                context=context,
-                take_report=self._forward,
-                take_rows=self.context.took,
-            )
-            self._reception = reception
-            try:
-                reception.run(lambda: self.is_stopping, self.stop_fd)
-            finally:
-                reception.close()
+        )
 
     def report(self) -> dict[str, Any]:
         """Return what was counted per node, and the state of the journal."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from edgedaq.clock import iso_utc
 from edgedaq.delivery import StreamTable
 
+from edgedaq_aggregator.gatekeeper import Gatekeeper
 from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.judging import StreamOwners
+from edgedaq_aggregator.nodes import NodeCounts
+from edgedaq_aggregator.refusals import Refusals
 
-__all__ = ["journal_facts", "stream_accounts"]
+__all__ = ["journal_facts", "security_facts", "stream_accounts"]
 
 _OPEN_MAX = 2000
 _ENDED_MAX = 256
@@ -48,4 +53,23 @@ def journal_facts(journal: Journal, problem: str) -> dict[str, Any]:
         "disk_bytes": journal.disk_bytes,
         "stores": journal.stores,
         "problem": problem,
+    }
+
+
+def security_facts(
+    gatekeeper: Gatekeeper | None, refusals: Refusals, nodes: Mapping[str, NodeCounts]
+) -> dict[str, Any]:
+    """Return who is let in how, and who was not; ``told`` says it to a person, a line each."""
+    problem = "" if gatekeeper is None else gatekeeper.problem
+    cloned = {name: node.cloned_ns for name, node in nodes.items() if node.cloned_ns}
+    told = [
+        f"node {name} is cloned: two agents displace each other, last {iso_utc(cloned[name])}"
+        for name in cloned
+    ]
+    return {
+        "key": "" if gatekeeper is None else gatekeeper.keys.public,
+        "problem": problem,
+        "refused": refusals.to_map(),
+        "cut_off": refusals.barred_count,
+        "told": ([problem] if problem else []) + told + refusals.lines(),
     }

@@ -23,8 +23,9 @@ from typing import NamedTuple
 from edgedaq.delivery import STREAMS_MAX, StreamTable, Verdict, gap_of
 from edgedaq.errors import WireError
 from edgedaq.frame import DATA_KINDS, Frame, Kind, decode, unpack_map
+from edgedaq.names import matches_any
 from edgedaq.open_info import OpenInfo, decode_open
-from edgedaq.session_messages import Ahead, Refused, Resend, Unknown
+from edgedaq.session_messages import TOPIC, Ahead, Refused, Resend, Unknown
 from edgedaq.transport import DataHeader
 
 __all__ = ["STREAMS_PER_NODE_MAX", "Judged", "Problem", "StreamFacts", "StreamOwners", "judge_part"]
@@ -130,9 +131,18 @@ class _Refusal(Exception):  # noqa: N818  # a verdict inside this module
 
 
 def judge_part(
-    table: StreamTable, owners: StreamOwners, node: str, header: DataHeader, part: memoryview
+    table: StreamTable,
+    owners: StreamOwners,
+    node: str,
+    header: DataHeader,
+    part: memoryview,
+    *,
+    topics: Sequence[str] | None = None,
 ) -> Judged:
     """Judge the frames of one part of a node, in order.
+
+    Args:
+        topics: What the node may open streams of; None: all.
 
     Changes ``owners`` by the streams that are opened and closed, ``table`` not at all: the caller applies
     ``accepted`` to it, in order, before the next part is judged.
@@ -166,7 +176,7 @@ def judge_part(
             if verdict is Verdict.AHEAD:
                 judged.problem = _ahead(table, judged.accepted, expected, frame, lane, start)
                 return judged
-            _accept(table, owners, expected, node, frame, facts, judged)
+            _accept(table, owners, expected, node, frame, facts, judged, topics)
         except _Refusal as e:
             judged.problem = Refused(
                 lane=lane,
@@ -233,6 +243,7 @@ def _accept(
     frame: Frame,
     facts: StreamFacts | None,
     judged: Judged,
+    topics: Sequence[str] | None,
 ) -> None:
     kind, stream = frame.kind, frame.stream
     if kind in DATA_KINDS:
@@ -246,7 +257,7 @@ def _accept(
     else:
         try:
             if kind is Kind.OPEN:
-                _open(table, owners, node, frame, len(expected))
+                _open(table, owners, node, frame, len(expected), topics)
                 expected[stream] = 1
             elif kind is Kind.GAP:
                 last, rows, _ = gap_of(frame)
@@ -263,10 +274,22 @@ def _accept(
     judged.accepted.append(frame)
 
 
-def _open(table: StreamTable, owners: StreamOwners, node: str, frame: Frame, pending: int) -> None:
+def _open(
+    table: StreamTable,
+    owners: StreamOwners,
+    node: str,
+    frame: Frame,
+    pending: int,
+    topics: Sequence[str] | None,
+) -> None:
     info = decode_open(frame)
     if info.node != node:
         raise _Refusal("node", f"stream {frame.stream:016x} names node {info.node!r}, sent by {node!r}")
+    if topics is not None:
+        for topic in info.topics:
+            if not matches_any(topics, (topic,)):
+                allowed = ", ".join(topics) or "nothing"
+                raise _Refusal(TOPIC, f"node {node!r} may not send {topic!r}, only {allowed}")
     if owners.open_count(node) >= STREAMS_PER_NODE_MAX or len(table.streams) + pending >= STREAMS_MAX:
         raise _Refusal("streams", f"node {node!r} has too many open streams")
     owners.add(frame.stream, info)

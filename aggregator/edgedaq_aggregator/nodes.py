@@ -32,6 +32,8 @@ class NodeCounts:
         self.dropped_rows = 0
         self.refused_count = 0
         self.resend_count = 0
+        self.cloned_ns = 0
+        """When two processes were last seen to displace each other under its name, UTC."""
         self.offset_ns: int | None = None
         self.error_ns: int | None = None
         self.since_boot_ns: int | None = None
@@ -93,6 +95,7 @@ class NodeCounts:
             "dropped_rows": self.dropped_rows,
             "refused_count": self.refused_count,
             "resend_count": self.resend_count,
+            "cloned_ns": self.cloned_ns,
             "clock_offset_ms": None if self.offset_ns is None else self.offset_ns / 1e6,
             "clock_error_ms": None if self.error_ns is None else self.error_ns / 1e6,
             "latency": self._latency.sketch(now_ns).to_list(),

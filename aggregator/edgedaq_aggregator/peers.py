@@ -1,5 +1,8 @@
 """The uplinks that are connected: how their sessions begin and end, and what they are sent.
 
+With keys, a session is the key's: the gatekeeper says which node that is, and HELLO must say the same. A
+message that comes by another connection than its session began with is nobody's.
+
 Nothing waits for a peer. What one does not take at once is kept for it, within a bound (an ACK or PONG is
 not: a newer one follows); one that takes nothing for long loses its session.
 """
@@ -12,7 +15,7 @@ from typing import Any
 from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import ConfigError, WireError
 from edgedaq.frame import MAX_FRAME_BYTES
-from edgedaq.log_limit import LogLimit
+from edgedaq.log_limit import LogBudget, LogLimit
 from edgedaq.logsetup import get_logger
 from edgedaq.names import check_name
 from edgedaq.session_messages import (
@@ -20,6 +23,8 @@ from edgedaq.session_messages import (
     Bye,
     FromIntake,
     Hello,
+    Join,
+    Joined,
     Ping,
     Pong,
     Reject,
@@ -31,26 +36,33 @@ from edgedaq.session_messages import (
 )
 from edgedaq.transport import MAX_PART_BYTES, SILENCE_LIMIT_S
 
+from edgedaq_aggregator.gatekeeper import Gatekeeper
 from edgedaq_aggregator.nodes import NODES_MAX, NodeCounts
-from edgedaq_aggregator.router import Router
+from edgedaq_aggregator.refusals import GARBAGE, STRAY, Refusals
+from edgedaq_aggregator.router import Received, Router
 from edgedaq_aggregator.sessions import Check, IntakeLane, Session, Sessions, check_hello
 
 __all__ = ["Peers"]
 
 _SILENCE_NS = int(SILENCE_LIMIT_S * 1e9)
 _OUTBOX_MAX = 64
+_LINES_MAX = 100
+"""About sessions that begin and end, per 10 s."""
 
 
 class Peers:
     """All sessions of one intake, and what is counted of their nodes. Used by one thread.
 
     Args:
+        gatekeeper: Knows the keys; None where sessions have none.
         take_report: Called with the report of a node.
     """
 
     def __init__(
         self,
         router: Router,
+        gatekeeper: Gatekeeper | None,
+        refusals: Refusals,
         *,
         version: str,
         window_bytes: int,
@@ -59,27 +71,37 @@ class Peers:
         self.sessions = Sessions()
         self.nodes: dict[str, NodeCounts] = {}
         self._router = router
+        self._gatekeeper = gatekeeper
+        self._refusals = refusals
         self._version = version
         self._window_bytes = window_bytes
         self._take_report = take_report
-        self._rejected = LogLimit()
+        self._rejected, self._cloned = LogLimit(), LogLimit()
+        self._budget = LogBudget(_LINES_MAX)
         self._log = get_logger()
 
-    def take(self, peer: bytes, raw: bytes) -> None:
+    def session_of(self, received: Received) -> Session | None:
+        """Return the session that a message belongs to."""
+        session = self.sessions.by_peer.get(received.peer)
+        return session if session is not None and session.key == received.key else None
+
+    def take(self, received: Received) -> None:
         """Act on a control message."""
         now_ns = mono_ns()
-        session = self.sessions.by_peer.get(peer)
+        session = self.session_of(received)
         try:
-            message = decode_from_uplink(raw)
+            message = decode_from_uplink(received.head)
         except WireError as e:
-            if session is not None:
-                self.end(session, "protocol", str(e))
+            self.refuse(received, session, str(e))
+            return
+        if isinstance(message, Join):
+            self._take_in(received, message, now_ns)
             return
         if isinstance(message, Hello):
-            self._greet(peer, message, now_ns)
+            self._greet(received, message, now_ns)
             return
         if session is None:
-            self._router.turn_away(peer)
+            self.turn_away(received)
             return
         session.heard_ns = now_ns
         match message:
@@ -91,8 +113,23 @@ class Peers:
                 else:
                     self._log.warning("report.rejected", node=session.node, reason="it names another node")
             case Bye():
-                self._log.info("session.ended", node=session.node, reason=f"{message.code}: {message.text}")
+                self._say(
+                    "info", "session.ended", node=session.node, reason=f"{message.code}: {message.text}"
+                )
                 self._forget(session)
+
+    def refuse(self, received: Received, session: Session | None, text: str) -> None:
+        """Refuse what no version of ours sends; who repeats that is cut off."""
+        now_ns = mono_ns()
+        node = "" if session is None else session.node
+        if session is not None:
+            self.end(session, "protocol", text)
+        self._count(received, GARBAGE, now_ns, "not a message of ours", node, text)
+
+    def turn_away(self, received: Received) -> None:
+        """Refuse what comes outside of a session, as happens for a moment after its end."""
+        self._router.turn_away(received.peer)
+        self._count(received, STRAY, mono_ns(), "outside of a session", "", "")
 
     def send(self, session: Session, message: FromIntake, *, keep: bool = True) -> bool:
         """Send to a session; what it does not take now is kept for later, if it is to be."""
@@ -104,7 +141,7 @@ class Peers:
                 return False
         session.outbox.append(raw)
         if len(session.outbox) > _OUTBOX_MAX:
-            self._log.warning("session.ended", node=session.node, reason="it takes no messages")
+            self._say("warning", "session.ended", node=session.node, reason="it takes no messages")
             self._forget(session)
         return False
 
@@ -115,10 +152,12 @@ class Peers:
             lane.ack_sent()
 
     def tick(self, now_ns: int) -> None:
-        """End sessions that are silent, and send the others what they are owed."""
+        """End sessions that are silent or not allowed any more, and send the others what they are owed."""
+        self._router.tick(now_ns)
+        self._end_revoked(now_ns)
         for session in self.sessions.silent(now_ns, _SILENCE_NS):
             reason = f"nothing was heard for {SILENCE_LIMIT_S:g} s"
-            self._log.warning("session.ended", node=session.node, reason=reason)
+            self._say("warning", "session.ended", node=session.node, reason=reason)
             self._forget(session)
         for session in list(self.sessions.by_peer.values()):
             while session.outbox and self._send(session, session.outbox[0]):
@@ -128,7 +167,7 @@ class Peers:
 
     def end(self, session: Session, code: str, text: str) -> None:
         """End a session, and say why."""
-        self._log.warning("session.ended", node=session.node, reason=f"{code}: {text}")
+        self._say("warning", "session.ended", node=session.node, reason=f"{code}: {text}")
         self._router.send_once(session.peer, encode_message(Bye(code=code, text=text[:1000])))
         self._forget(session)
 
@@ -138,12 +177,57 @@ class Peers:
         for session in list(self.sessions.by_peer.values()):
             self._router.send_once(session.peer, goodbye)
 
-    def _greet(self, peer: bytes, hello: Hello, now_ns: int) -> None:
-        known = self.sessions.by_peer.get(peer)
-        if known is not None:
-            self.end(known, "protocol", "a second HELLO in one session")
+    def _end_revoked(self, now_ns: int) -> None:
+        if self._gatekeeper is None:
             return
-        reject = self._reject(hello)
+        self._gatekeeper.look(now_ns)
+        for session in list(self.sessions.by_peer.values()):
+            standing = self._gatekeeper.standing(session.key)
+            if not standing.is_allowed or standing.node != session.node:
+                reason = standing.reason or f"the key is that of {standing.node!r} now"
+                self._refusals.note(reason, now_ns, node=session.node, detail="its session is ended")
+                self._router.cut_soon(session.connection, now_ns)
+                self.end(session, "revoked", f"this node is not let in any more: {reason}")
+            else:
+                session.topics = standing.topics
+
+    def _count(
+        self, received: Received, weight: int, now_ns: int, reason: str, node: str, detail: str
+    ) -> None:
+        """Count what was refused, and cut off who has sent too much of that."""
+        connection = received.connection()
+        address = "" if connection is None else connection.address
+        self._refusals.note(reason, now_ns, node=node, address=address, detail=detail)
+        who = received.key or address or repr(received.peer)
+        if not self._refusals.is_barred(who, now_ns) and self._refusals.strike(who, weight, now_ns):
+            self._refusals.bar(who, now_ns, node=node, address=address, detail=detail)
+            self._router.cut(connection)
+
+    def _take_in(self, received: Received, join: Join, now_ns: int) -> None:
+        """Answer one that has an invitation, or says so; its connection has no other use."""
+        if self._gatekeeper is None:
+            text = "this aggregator listens for its own machine alone and has no keys; see `listen`"
+        else:
+            text = self._gatekeeper.enrol(join.node, join.secret, received.key)
+        connection = received.connection()
+        address = "" if connection is None else connection.address
+        if text:
+            self._refusals.note("no such invitation", now_ns, node=join.node, address=address)
+            self._router.send_once(received.peer, encode_message(Reject(code="token", text=text)))
+        else:
+            self._log.info("node.joined", node=join.node, address=address)
+            self._router.send_once(received.peer, encode_message(Joined(node=join.node)))
+        self._router.cut_soon(connection, now_ns)
+
+    def _greet(self, received: Received, hello: Hello, now_ns: int) -> None:
+        peer = received.peer
+        known = self.sessions.by_peer.get(peer)
+        if known is not None and known.key == received.key:
+            self.refuse(received, known, "a second HELLO in one session")
+            return
+        if known is not None:  # its connection is gone, and somebody took its routing id
+            self._forget(known)
+        reject = self._not_allowed(received, hello, now_ns) or self._reject(hello)
         if reject is not None:
             count = self._rejected.note(now_ns)
             if count:
@@ -151,14 +235,27 @@ class Peers:
             self._router.send_once(peer, encode_message(reject))
             return
         lanes = [IntakeLane(number, self._window_bytes) for number in range(len(hello.lanes))]
-        session = Session(peer, hello.node, hello.instance, hello.boot, hello.version, lanes, now_ns, now_ns)
+        session = Session(
+            peer,
+            hello.node,
+            hello.instance,
+            hello.boot,
+            hello.version,
+            lanes,
+            now_ns,
+            now_ns,
+            key=received.key,
+            connection=received.connection(),
+        )
+        if self._gatekeeper is not None:
+            session.topics = self._gatekeeper.standing(session.key).topics
         older = self.sessions.begin(session)
         if older is not None:
             self._displace(older, session, now_ns)
         node = self.nodes.setdefault(session.node, NodeCounts())
         node.is_connected = True
         node.last_active_ns = utc_ns()
-        self._log.info("session.begun", node=session.node, version=session.version)
+        self._say("info", "session.begun", node=session.node, version=session.version)
         welcome = Welcome(
             protocol=PROTOCOL_VERSION,
             version=self._version,
@@ -168,6 +265,24 @@ class Peers:
             t_utc_ns=utc_ns(),
         )
         self.send(session, welcome)
+
+    def _not_allowed(self, received: Received, hello: Hello, now_ns: int) -> Reject | None:
+        """Return why a key may not have this session."""
+        if self._gatekeeper is None:
+            return None
+        standing = self._gatekeeper.standing(received.key)
+        if standing.is_allowed and standing.node == hello.node:
+            return None
+        if standing.is_allowed:
+            text = f"the key is that of node {standing.node!r}, not of {hello.node!r}: see supervisor_id"
+            reason = "another node's name"
+        else:
+            reason, text = standing.reason, f"this node is not let in: {standing.reason}"
+        connection = received.connection()
+        address = "" if connection is None else connection.address
+        self._refusals.note(reason, now_ns, node=standing.node, address=address, detail=f"says {hello.node}")
+        self._router.cut_soon(connection, now_ns)
+        return Reject(code="key", text=text, retry_after_s=5.0)
 
     def _reject(self, hello: Hello) -> Reject | None:
         try:
@@ -188,9 +303,13 @@ class Peers:
     def _displace(self, older: Session, newer: Session, now_ns: int) -> None:
         text = "a newer session of the same node took its place"
         self._router.send_once(older.peer, encode_message(Bye(code="displaced", text=text)))
+        self._router.cut_soon(older.connection, now_ns)
         if self.sessions.is_cloned(older, newer, now_ns):
-            reason = "two agents use this name and displace each other"
-            self._log.error("node.cloned", node=newer.node, reason=reason)
+            self.nodes[newer.node].cloned_ns = utc_ns()
+            count = self._cloned.note(now_ns)
+            if count:
+                reason = "two agents are this node and displace each other: one is a copy"
+                self._log.error("node.cloned", node=newer.node, count=count, reason=reason)
 
     def _answer(self, session: Session, ping: Ping) -> None:
         received_ns = utc_ns()
@@ -218,9 +337,15 @@ class Peers:
             return self._router.send(session.peer, raw)
         except ConnectionError as e:
             if self.sessions.by_peer.get(session.peer) is session:
-                self._log.info("session.ended", node=session.node, reason=str(e))
+                self._say("info", "session.ended", node=session.node, reason=str(e))
                 self._forget(session)
             return True
+
+    def _say(self, level: str, event: str, **facts: str) -> None:
+        """Log what others can make happen as often as they like."""
+        may_say, unsaid = self._budget.take(mono_ns())
+        if may_say:
+            getattr(self._log, level)(event, **facts, **({"unsaid_count": unsaid} if unsaid else {}))
 
     def _forget(self, session: Session) -> None:
         self.sessions.end(session)

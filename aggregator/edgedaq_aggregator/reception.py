@@ -27,11 +27,13 @@ from edgedaq.segments import LogError
 from edgedaq.session_messages import Refused, Resend
 from edgedaq.transport import FLAG_REPLAY, MAX_PART_BYTES, WINDOW_BYTES, unpack_data_header
 
-from edgedaq_aggregator.intake_report import journal_facts, stream_accounts
+from edgedaq_aggregator.gatekeeper import Gatekeeper
+from edgedaq_aggregator.intake_report import journal_facts, security_facts, stream_accounts
 from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.judging import Judged, Problem, StreamOwners, judge_part
 from edgedaq_aggregator.peers import Peers
-from edgedaq_aggregator.router import Router
+from edgedaq_aggregator.refusals import Refusals
+from edgedaq_aggregator.router import Received, Router
 from edgedaq_aggregator.sessions import IntakeLane, Session, Take
 
 __all__ = ["Reception"]
@@ -41,6 +43,8 @@ _TICK_NS = 200_000_000
 _REPORT_NS = 500_000_000
 _PATIENT_NS = 2_000_000_000
 _STOP_WITHIN_NS = 1_500_000_000
+_PROBLEMS_MAX = 50
+"""At one position of a session; an uplink of ours gives up sooner."""
 
 
 class Reception:
@@ -48,6 +52,7 @@ class Reception:
 
     Args:
         journal: Outlives it.
+        gatekeeper: Lets nodes in by their keys, and outlives it; None: there are no keys.
         take_report: Called with the report of a node.
         take_rows: Called with how many rows and bytes were accepted.
 
@@ -61,6 +66,8 @@ class Reception:
         self,
         address: str,
         journal: Journal,
+        refusals: Refusals,
+        gatekeeper: Gatekeeper | None,
         *,
         version: str,
         bad: BadFiles,
@@ -86,11 +93,21 @@ class Reception:
         self._damaged, self._incomplete = LogLimit(), LogLimit()
         self._next_tick_ns = self._next_report_ns = 0
         self._report: dict[str, Any] = {}
-        self._router = Router(address, context)
-        self._peers = Peers(self._router, version=version, window_bytes=window_bytes, take_report=take_report)
+        self._refusals, self._gatekeeper = refusals, gatekeeper
+        self._router = Router(address, context, "" if gatekeeper is None else gatekeeper.keys.secret)
+        self._peers = Peers(
+            self._router,
+            gatekeeper,
+            refusals,
+            version=version,
+            window_bytes=window_bytes,
+            take_report=take_report,
+        )
         self._poller = zmq.Poller()
-        for item in (self._router.socket, *journal.pollables()):
+        for item in (self._router.socket, self._router.monitor, *journal.pollables()):
             self._poller.register(item, zmq.POLLIN)
+        if gatekeeper is not None:
+            self._poller.register(gatekeeper.socket, zmq.POLLIN)
 
     def close(self) -> None:
         """Close the socket; safe to call again."""
@@ -123,24 +140,27 @@ class Reception:
         return self._report
 
     def _receive(self) -> None:
-        for peer, head, part, is_sound in self._router.receive(_MESSAGES_PER_STEP):
-            if not is_sound:
-                session = self._peers.sessions.by_peer.get(peer)
-                if session is not None:
-                    self._peers.end(session, "protocol", "a message of more than two parts")
-            elif part is None:
-                self._peers.take(peer, head)
+        if self._gatekeeper is not None:
+            self._gatekeeper.service()
+        for reason in self._router.failed_handshakes():
+            self._refusals.note(reason, mono_ns())
+        for received in self._router.receive(_MESSAGES_PER_STEP):
+            if not received.is_sound:
+                session = self._peers.session_of(received)
+                self._peers.refuse(received, session, "a message of more than two parts")
+            elif received.part is None:
+                self._peers.take(received)
             else:
-                self._take_data(peer, head, part)
+                self._take_data(received, received.part)
 
-    def _take_data(self, peer: bytes, head: bytes, part: memoryview) -> None:
-        session = self._peers.sessions.by_peer.get(peer)
+    def _take_data(self, received: Received, part: memoryview) -> None:
+        session = self._peers.session_of(received)
         if session is None:
-            self._router.turn_away(peer)
+            self._peers.turn_away(received)
             return
         session.heard_ns = mono_ns()
         try:
-            header = unpack_data_header(head)
+            header = unpack_data_header(received.head)
         except WireError as e:
             self._peers.end(session, "damaged", str(e))
             return
@@ -159,11 +179,13 @@ class Reception:
         if self._is_full or not self._journal.would_fit(need_bytes):
             self._stand_still_for_room(lane, need_bytes)
             return
-        judged = judge_part(self._journal.table, self._owners, session.node, header, part)
+        judged = judge_part(
+            self._journal.table, self._owners, session.node, header, part, topics=session.topics
+        )
         if not self._keep(session, judged):
             self._stand_still_for_room(lane, need_bytes)
             return
-        self._touched.add(peer)
+        self._touched.add(session.peer)
         if judged.problem is not None:
             self._tell_problem(session, lane, judged.problem, judged.culprit)
             return
@@ -203,6 +225,10 @@ class Reception:
     ) -> None:
         node = self._peers.nodes[session.node]
         lane.stand_still()
+        lane.problem_count += 1
+        if lane.problem_count > _PROBLEMS_MAX:
+            self._peers.end(session, "stuck", f"{_PROBLEMS_MAX} problems in a row at {problem.position}")
+            return
         if isinstance(problem, Refused):
             node.refused_count += 1
             if culprit is not None:
@@ -296,4 +322,5 @@ class Reception:
             "journal": journal_facts(self._journal, self._journal_problem()),
             "streams": stream_accounts(self._journal.table, self._owners),
             "set_aside": self._bad.count,
+            "security": security_facts(self._gatekeeper, self._refusals, self._peers.nodes),
         }

@@ -23,6 +23,8 @@ from edgedaq.session_messages import PROTOCOL_VERSION as VERSION
 from edgedaq.session_messages import Ack, Hello, Reject
 from edgedaq.transport import DataHeader
 
+from edgedaq_aggregator.router import Connection
+
 __all__ = ["NODES_MAX", "Check", "IntakeLane", "Pending", "Session", "Sessions", "Take", "check_hello"]
 
 NODES_MAX = 1024
@@ -70,6 +72,8 @@ class IntakeLane:
     told: tuple[int, int] = (-1, -1)
     pending: deque[Pending] = field(default_factory=deque)
     doubted_at: int = -1
+    problem_count: int = 0
+    """Problems in a row at ``taken``."""
 
     @property
     def credit(self) -> int:
@@ -93,6 +97,7 @@ class IntakeLane:
         Also a part of duplicates alone: what it repeats may not be durable yet.
         """
         self.taken += part_bytes
+        self.problem_count = 0
         if len(self.pending) >= _PENDING_MAX:
             last = self.pending.pop()
             samples = [*last.samples, *samples]
@@ -151,6 +156,11 @@ class Session:
     lanes: list[IntakeLane]
     begun_ns: int
     heard_ns: int
+    key: str = ""
+    """What its connection was let in with; empty where there are no keys."""
+    connection: Connection | None = None
+    topics: tuple[str, ...] | None = None
+    """What it may send; None: everything."""
     outbox: deque[bytes] = field(default_factory=deque)
     """Control messages that the peer did not take yet."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LogLimit"]
+__all__ = ["LogBudget", "LogLimit"]
 
 _INTERVAL_NS = 10_000_000_000
 
@@ -23,3 +23,25 @@ class LogLimit:
         self._next_ns = now_ns + self._interval_ns
         count, self._count = self._count, 0
         return count
+
+
+class LogBudget:
+    """So many lines per interval, whatever happens; what is above is counted. Not thread-safe."""
+
+    def __init__(self, lines: int, interval_ns: int = _INTERVAL_NS) -> None:
+        self._lines = lines
+        self._interval_ns = interval_ns
+        self._begun_ns: int | None = None
+        self._left = lines
+        self._unsaid = 0
+
+    def take(self, now_ns: int) -> tuple[bool, int]:
+        """Return whether a line may be written now, and how many were not since the last one that was."""
+        if self._begun_ns is None or now_ns - self._begun_ns >= self._interval_ns:
+            self._begun_ns, self._left = now_ns, self._lines
+        if not self._left:
+            self._unsaid += 1
+            return False, 0
+        self._left -= 1
+        unsaid, self._unsaid = self._unsaid, 0
+        return True, unsaid

@@ -128,13 +128,13 @@ def part_plan(
     return WorkerPlan(unique_id, job_type, group, policy, spec)
 
 
-def uplink_plan(aggregator: str, place: Place, *, config_file: Path) -> WorkerPlan:
-    """Return the plan of the uplink, which carries the lanes of a place."""
+def uplink_plan(config: Mapping[str, Any], place: Place, *, config_file: Path) -> WorkerPlan:
+    """Return the plan of the uplink, which carries the lanes of a place to where ``config`` says."""
     return part_plan(
         "uplink",
         UPLINK_TARGET,
         UPLINK,
-        {"aggregator": aggregator, "lanes": msgspec.to_builtins(list(place.lanes))},
+        {**config, "lanes": msgspec.to_builtins(list(place.lanes))},
         place,
         config_file=config_file,
         stop_limit_s=_UPLINK_STOP_LIMIT_S,

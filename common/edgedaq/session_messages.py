@@ -13,6 +13,10 @@
       │ REPORT ────────────────────────────────► │  statistics of the node; newest wins, may be lost
       │ BYE ◄──────────────────────────────────► │  why the session ends
 
+    join                                     intake
+      │ JOIN ──────────────────────────────────► │  an invitation's secret, under what is to be the node's key
+      │ ◄───────────────────────── JOINED/REJECT │  the key may say HELLO from now on
+
 On the wire a control message is u64 xxh3-64 of the rest (little-endian), then the msgpack map: one that was
 damaged on the way ends the session, which costs a repetition; an ACK that is believed costs what it names.
 
@@ -32,12 +36,15 @@ from edgedaq.errors import ChecksumError, WireError
 
 __all__ = [
     "PROTOCOL_VERSION",
+    "TOPIC",
     "Ack",
     "Ahead",
     "Bye",
     "FromIntake",
     "FromUplink",
     "Hello",
+    "Join",
+    "Joined",
     "Ping",
     "Pong",
     "Refused",
@@ -53,6 +60,9 @@ __all__ = [
 
 PROTOCOL_VERSION = 1
 """Changes when an old peer could misunderstand; HELLO offers a range, WELCOME names the one that is used."""
+
+TOPIC = "topic"
+"""Code of REFUSED: the node may not send a topic of this OPEN; without topics and stores it may be opened."""
 
 U64 = Annotated[int, msgspec.Meta(ge=0)]
 """msgpack itself bounds it above."""
@@ -94,6 +104,19 @@ class Reject(Message, frozen=True, kw_only=True):
     code: Word
     text: Text
     retry_after_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
+
+
+class Join(Message, frozen=True, kw_only=True):
+    """Who has the secret of an invitation asks to be let in, as the node that it names."""
+
+    node: Word
+    secret: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class Joined(Message, frozen=True, kw_only=True):
+    """The key of this connection is that node's; the secret is used up."""
+
+    node: Word
 
 
 class Ack(Message, frozen=True, kw_only=True):
@@ -183,8 +206,8 @@ class Bye(Message, frozen=True, kw_only=True):
     text: Text = ""
 
 
-FromUplink = Hello | Ping | Report | Bye
-FromIntake = Welcome | Reject | Ack | Resend | Refused | Unknown | Ahead | Pong | Bye
+FromUplink = Hello | Join | Ping | Report | Bye
+FromIntake = Welcome | Joined | Reject | Ack | Resend | Refused | Unknown | Ahead | Pong | Bye
 
 _CHECK_BYTES = 8
 _ENCODER = msgspec.msgpack.Encoder()

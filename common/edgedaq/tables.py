@@ -66,6 +66,8 @@ def format_status(status: Mapping[str, Any], *, width: int = WIDTH) -> str:
         if found:
             problems = [line for job in jobs if job.get("group") == name for line in _problems(job)]
             parts.append("\n".join([table(columns, found, width=width), *(p[:width] for p in problems)]))
+    told = [line for job in jobs for line in _told(job)]
+    parts += ["\n".join(line[:width] for line in told)] if told else []
     if rows.get("nodes"):
         parts.append(table(tuple(_NODE_CELLS), [_node_cells(row) for row in rows["nodes"]], width=width))
     if isinstance(status.get("ledger"), str) and status["ledger"]:
@@ -219,6 +221,13 @@ def _problems(job: Mapping[str, Any]) -> list[str]:
     extra = _extra(job)
     told = [extra.get(key) for key in ("error", "reason", "spool_problem")]
     return [_text(f"{job.get('unique_id')}: {text}") for text in told if text]
+
+
+def _told(job: Mapping[str, Any]) -> list[str]:
+    """Return what an intake tells about who was not let in."""
+    security = _extra(job).get("security")
+    lines = security.get("told") if isinstance(security, dict) else None
+    return [_text(f"{job.get('unique_id')}: {line}") for line in lines or ()]
 
 
 def _node_cells(row: Mapping[str, Any]) -> list[Any]:

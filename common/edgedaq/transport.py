@@ -54,6 +54,7 @@ __all__ = [
     "DataHeader",
     "backoff_s",
     "check_address",
+    "is_loopback",
     "pack_data_header",
     "set_dealer_options",
     "set_router_options",
@@ -154,10 +155,11 @@ def check_address(what: str, address: str, *, listens: bool = False, has_keys: b
         message = f"{what} must have a port from {first} to 65535, got {port} in {address!r}"
         raise ConfigError(message)
     host = match["host"].strip("[]")
-    if not has_keys and not _is_loopback(host):
+    if not has_keys and not _is_this_machine(host):
         message = (
             f"{what} must be an address of this machine alone (127.0.0.1, ::1 or localhost) as long as "
-            f"sessions have no keys, got {address!r}"
+            f"this node has no key, got {address!r}; `edgedaq-aggregator invite` and `edgedaq-agent join` "
+            f"give it one"
         )
         raise ConfigError(message)
     return f"tcp://127.0.0.1:{port}" if host == "localhost" else address
@@ -206,7 +208,13 @@ def _set_common(socket: zmq.Socket[bytes], endpoint: str) -> None:
         socket.setsockopt(zmq.IPV6, 1)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Tell whether an address that ``check_address`` took is one of this machine alone."""
+    match = _ADDRESS.match(address)
+    return match is not None and _is_this_machine(match["host"].strip("[]"))
+
+
+def _is_this_machine(host: str) -> bool:
     if host == "localhost":
         return True
     try:
