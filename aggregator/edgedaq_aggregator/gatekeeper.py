@@ -133,6 +133,10 @@ class Gatekeeper:
         user = z85.encode(request[6])
         key = user.decode("ascii")
         standing = self.standing(key)
+        if not standing.is_allowed:
+            self._look_ns = 0  # who was let in a moment ago need not try again
+            self.look(now_ns)
+            standing = self.standing(key)
         if self._refusals.is_barred(key, now_ns):
             self._refusals.note("barred key", now_ns, node=standing.node, address=address)
             return b"500", "barred", b""

@@ -141,13 +141,16 @@ class Hop2:
             "intake", "edgedaq_aggregator.intake:Intake", config, "hub", self.hub_runtime, self.hub_state
         )
 
-    def uplink(self, *, port: int = 0, node: str = "n1", limit: int = 1 << 30, **data: Any) -> Worker:
+    def uplink(
+        self, *, port: int = 0, node: str = "n1", limit: int = 1 << 30, enrolment: str = "", **data: Any
+    ) -> Worker:
         """Start an uplink with the lanes of this hop; ``data`` are options of its first one."""
         lanes = [
             {"name": name, "topics": topics, "options": options, "limit": limit, "reserve": 0, **more}
             for name, topics, options, more in [("data", ["store"], data, {}), *self.lanes]
         ]
-        config = {"aggregator": f"tcp://127.0.0.1:{port or self.port}", "lanes": lanes}
+        address = "" if enrolment and not port else f"tcp://127.0.0.1:{port or self.port}"
+        config = {"aggregator": address, "enrolment": enrolment, "lanes": lanes}
         return self._start(
             "uplink", "edgedaq_agent.uplink:Uplink", config, node, self.node_runtime, self.node_state
         )

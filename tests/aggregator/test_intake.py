@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import zmq
 from edgedaq.frame import HEADER_BYTES, Kind, decode, encode, pack_map
+from edgedaq.keys import set_client_keys
 from edgedaq.schema import Column, OpenInfo, Schema, encode_open
 from edgedaq.session_messages import (
     Ack,
@@ -63,9 +64,12 @@ def gap(stream, first, last, rows=None, row0=0):
 class Talker:
     """A DEALER that says what the test wants."""
 
-    def __init__(self, address, context):
+    def __init__(self, address, context, enrolment=None):
         self.socket = context.socket(zmq.DEALER)
         self.socket.linger = 0
+        self.socket.reconnect_ivl = -1
+        if enrolment is not None:
+            set_client_keys(self.socket, enrolment.keys, enrolment.aggregator_key)
         self.socket.connect(address)
         self.sent = 0
         self.credit = WINDOW_BYTES
