@@ -5,6 +5,8 @@ the intake said             so, when the lane is sent again from that position
 =========================== ================================================================================
 REFUSED(stream, seq)        a GAP with the reason goes in the frame's place
 REFUSED(stream, 0)          its OPEN: no frame of this stream can be taken; all of it is set aside
+REFUSED(..., "topic")       this node may not send its topics: it is opened without any, nor stores, and a GAP with
+                            the reason goes in the place of each of its frames, until its CLOSE
 UNKNOWN(stream)             its OPEN goes before its next frame; where nobody has one, all of it is set aside
 AHEAD(stream, expected)     a GAP from there to the frame that is ahead goes before it: the rest is lost for
 good
@@ -19,8 +21,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from edgedaq.frame import Frame, Kind, encode, pack_map
-from edgedaq.session_messages import Ahead, Refused, Unknown
+import msgspec
+from edgedaq.errors import WireError
+from edgedaq.frame import Frame, Kind, decode, encode, pack_map
+from edgedaq.open_info import decode_open, encode_open
+from edgedaq.session_messages import TOPIC, Ahead, Refused, Unknown
 
 __all__ = ["Repair", "SetAside"]
 
@@ -43,6 +48,7 @@ class Repair:
         self.lost_reason = "lost: neither side has it"
         """What the GAPs say that stand for what was ahead."""
         self._dropped: dict[int, str] = {}
+        self._muted: dict[int, str] = {}
         self._refused: dict[tuple[int, int], str] = {}
         self._opens: set[int] = set()
         self._ahead: dict[tuple[int, int], tuple[int, int | None]] = {}
@@ -51,7 +57,7 @@ class Repair:
     @property
     def is_needed(self) -> bool:
         """Frames must be looked at one by one."""
-        return bool(self._checks or self._dropped)
+        return bool(self._checks or self._dropped or self._muted)
 
     def note(self, problem: Refused | Unknown | Ahead) -> None:
         """Take what the intake said."""
@@ -61,6 +67,8 @@ class Repair:
             self._opens.add(stream)
         elif isinstance(problem, Ahead):
             self._ahead[stream, problem.seq] = (problem.expected, problem.rows)
+        elif problem.code == TOPIC:
+            _put(self._muted, stream, f"refused: {problem.code}: {problem.text}")
         elif problem.seq == 0:
             self._drop(stream, f"refused: {problem.code}: {problem.text}")
         else:
@@ -97,7 +105,7 @@ class Repair:
                 if raw is None:
                     self._drop(stream, "the aggregator does not know the stream, and nobody has its OPEN")
                 else:
-                    out.append(raw)
+                    out.append(_without_topics(raw) if stream in self._muted else raw)
             dropped = self._dropped.get(stream)
             if dropped is not None:
                 aside.append(SetAside(frame, dropped))
@@ -109,9 +117,14 @@ class Repair:
                 expected, rows = missing
                 row0 = frame.row0 - (rows or 0)
                 out.append(_gap(stream, expected, frame.seq - 1, rows, row0, self.lost_reason))
-            reason = self._refused.get((stream, frame.seq))
+            reason = self._muted.get(stream) or self._refused.get((stream, frame.seq))
             if reason is None:
                 out.append(frame.raw)
+                continue
+            if stream in self._muted and frame.kind in {Kind.OPEN, Kind.CLOSE, Kind.GAP}:
+                out.append(_without_topics(frame.raw) if frame.kind is Kind.OPEN else frame.raw)
+                if frame.kind is Kind.CLOSE:
+                    del self._muted[stream]
                 continue
             aside.append(SetAside(frame, reason))
             if frame.kind is Kind.CLOSE:
@@ -122,9 +135,23 @@ class Repair:
         return out, aside
 
     def _drop(self, stream: int, reason: str) -> None:
-        self._dropped[stream] = reason
-        while len(self._dropped) > _DROPPED_MAX:
-            del self._dropped[next(iter(self._dropped))]
+        _put(self._dropped, stream, reason)
+
+
+def _put(held: dict[int, str], stream: int, reason: str) -> None:
+    held[stream] = reason
+    while len(held) > _DROPPED_MAX:
+        del held[next(iter(held))]
+
+
+def _without_topics(raw: bytes | memoryview) -> bytes | memoryview:
+    """Return an OPEN that asks for nothing, so that the GAPs of its stream have a place."""
+    frame = decode(memoryview(raw))
+    try:
+        info = decode_open(frame)
+    except WireError:
+        return raw  # will be refused for that
+    return encode_open(frame.stream, msgspec.structs.replace(info, topics=(), store_config={}))
 
 
 def _gap(stream: int, first: int, last: int, rows: int | None, row0: int, reason: str) -> bytes:

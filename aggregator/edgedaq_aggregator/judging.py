@@ -42,13 +42,14 @@ class StreamFacts(NamedTuple):
     """What of an OPEN matters here.
 
     ``row_bytes`` is 0 when the stream has no rows of fixed width; ``stores`` are the keys of its
-    store_config.
+    store_config. A stream without topics is one whose topics were refused: it may hold GAPs, no data.
     """
 
     node: str
     job: str
     row_bytes: int
     stores: tuple[str, ...] = ()
+    has_topics: bool = True
 
 
 class StreamOwners:
@@ -76,7 +77,9 @@ class StreamOwners:
         row_bytes = schema.row_bytes if schema is not None and schema.is_packed else 0
         if stream not in self.facts:
             self._open_count[info.node] = self.open_count(info.node) + 1
-        self.facts[stream] = StreamFacts(info.node, info.job, row_bytes, tuple(info.store_config))
+        self.facts[stream] = StreamFacts(
+            info.node, info.job, row_bytes, tuple(info.store_config), bool(info.topics)
+        )
 
     def closed(self, stream: int) -> None:
         """Record that a stream has ended."""
@@ -247,6 +250,8 @@ def _accept(
 ) -> None:
     kind, stream = frame.kind, frame.stream
     if kind in DATA_KINDS:
+        if facts is not None and not facts.has_topics:
+            raise _Refusal(TOPIC, f"stream {stream:016x} was opened without topics")
         if kind is Kind.PACKED and facts is not None:
             _check_packed(frame, facts)
         expected[stream] = frame.seq + 1

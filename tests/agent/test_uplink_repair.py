@@ -3,7 +3,8 @@ from __future__ import annotations
 from edgedaq.bad_files import BadFiles
 from edgedaq.delivery import gap_of
 from edgedaq.frame import Kind, decode, encode, pack_map
-from edgedaq.session_messages import Ahead, Pong, Refused, Resend, Unknown
+from edgedaq.open_info import OpenInfo, decode_open, encode_open
+from edgedaq.session_messages import TOPIC, Ahead, Pong, Refused, Resend, Unknown
 from edgedaq.transport import PART_BYTES, PART_BYTES_MIN
 from edgedaq_agent.clock_offset import ClockOffset, Offset
 from edgedaq_agent.corrector import Corrector, whole_frames
@@ -52,6 +53,34 @@ def test_a_stream_whose_open_is_refused_is_set_aside_until_its_close_and_others_
     assert made.is_needed
     assert made.correct([close]) == []
     assert not made.is_needed
+
+
+def test_a_stream_whose_topics_are_refused_is_opened_for_its_gaps_alone(tmp_path):
+    info = OpenInfo(
+        node="n1",
+        job="j",
+        job_type="J",
+        life="0" * 16,
+        boot="b",
+        topics=("store.X",),
+        form="raw",
+        store_config={"csv": {}},
+    )
+    opened = decode(memoryview(encode_open(7, info)))
+    close = decode(memoryview(encode(Kind.CLOSE, 7, 3, pack_map({"rows": 6}))))
+    made = corrector(tmp_path, {7: bytes(opened.raw)})
+    made.note(Refused(lane=0, position=0, stream=7, seq=0, code=TOPIC, text="n1 may not send it"), 0, 0)
+    chunks = made.correct([opened, raw(1), raw(1, stream=8), raw(2)])
+    assert names(chunks) == [("OPEN", 0), ("GAP", 1), ("RAW", 1), ("GAP", 2)]
+    told = decode_open(decode(memoryview(chunks[0])))
+    assert (told.topics, told.store_config, told.job) == ((), {}, "j")
+    assert gap_of(decode(memoryview(chunks[3]))) == (2, 3, "refused: topic: n1 may not send it")
+    made.begin_session()
+    made.note(Unknown(lane=0, position=0, stream=7), 0, 0)
+    assert names(made.correct([raw(3), close])) == [("OPEN", 0), ("GAP", 3), ("CLOSE", 3)]
+    made.begin_session()
+    assert not made.is_needed
+    assert len(list((tmp_path / "bad").glob("*.bad"))) == 3
 
 
 def test_an_unknown_stream_is_opened_before_its_next_frame_or_set_aside_where_nobody_has_its_open(tmp_path):

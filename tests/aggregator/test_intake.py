@@ -35,14 +35,14 @@ HELLO = Hello(protocol_min=1, protocol_max=1, version="1", node="n1", boot="b", 
 ROWS = Schema((Column("a", "i4"),))
 
 
-def open_frame(stream, node="n1", schema=None):
+def open_frame(stream, node="n1", schema=None, topics=("store.X",)):
     info = OpenInfo(
         node=node,
         job="j",
         job_type="J",
         life="0" * 16,
         boot="b",
-        topics=("store.X",),
+        topics=topics,
         form="table" if schema else "raw",
         schema=schema,
     )

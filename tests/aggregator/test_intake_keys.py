@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
+import threading
 import time
 
 import msgspec
 import pytest
 import zmq
 from edgedaq.clock import iso_utc, utc_ns
+from edgedaq.delivery import gap_of
+from edgedaq.frame import Kind
 from edgedaq.keys import ENROLMENT_NAME, new_key_pair, unpack_token, write_enrolment
 from edgedaq.session_messages import Bye, Join, Joined, Refused, Reject, Welcome
 from edgedaq_agent.join import JoinError, join
 
-from tests.agent.hop2 import wait_for
+from tests.agent.hop2 import rings_of, wait_for
 from tests.agent.keyed import Keyed
 from tests.aggregator.test_intake import Talker, data, journal, open_frame
 
@@ -232,12 +236,9 @@ class _Recorder:
         self.port = self._server.getsockname()[1]
         self._target = target_port
         self._recorded = bytearray()
-        self._thread = None
+        self._thread = threading.Thread(target=self._relay)
 
     def __enter__(self):
-        import threading
-
-        self._thread = threading.Thread(target=self._relay)
         self._thread.start()
         return self
 
@@ -250,8 +251,6 @@ class _Recorder:
         return bytes(self._recorded)
 
     def _relay(self):
-        import select
-
         client, _ = self._server.accept()
         with client, socket.create_connection(("127.0.0.1", self._target)) as target:
             while True:
@@ -361,3 +360,36 @@ def test_a_clone_is_alarmed_and_the_node_still_delivers(hop, intake, talk):
     wait_for(lambda: any("cloned" in line for line in intake.extra["security"]["told"]))
     talker.send(open_frame(7), data(7, 1))
     talker.wait_ack(talker.sent)
+
+
+def test_topics_that_a_node_may_not_send_become_a_gap_and_the_lane_moves_on(hop, intake):
+    hop.enrol(topics=("store.Y", "stats"))
+    uplink = hop.uplink()
+    assert hop.job("bad", count=50, store="X").wait() == 0
+    wait_for(lambda: uplink.extra.get("refused"))
+    assert hop.job("good", count=60, store="Y").wait() == 0
+    wait_for(lambda: not rings_of(hop))
+    node = wait_for(lambda: intake.extra["nodes"]["n1"]["in_rows"] == 60 and intake.extra["nodes"]["n1"])
+    assert node["dropped_rows"] == 50
+    uplink.kill()  # the next one does not know what was refused, and the rest is refused all the same
+    again = hop.uplink()
+    assert hop.job("bad", count=7, store="X").wait() == 0
+    wait_for(lambda: intake.extra["nodes"]["n1"]["dropped_rows"] == 57)
+    assert again.stop() == 0
+    assert intake.stop() == 0
+    held = sorted(hop.numbers().values())
+    assert [number for numbers in held for number in numbers if number >= 0] == list(range(60))
+    assert -sum(number for numbers in held for number in numbers if number < 0) == 57
+    reasons = {gap_of(record.frame)[2] for record in hop.records() if record.frame.kind is Kind.GAP}
+    assert reasons == {"refused: topic: node 'n1' may not send 'store.X', only store.Y, stats"}
+    assert list((hop.node_state / "bad").glob("*.bad"))
+
+
+def test_data_of_a_stream_without_topics_is_refused(hop, intake, talk):
+    talker = talk(hop.enrol(topics=("store.Y",)))
+    assert isinstance(talker.hello(), Welcome)
+    talker.send(open_frame(7))
+    assert talker.hear(Refused).code == "topic"
+    talker.send(open_frame(7, topics=()), data(7, 1), position=0)
+    refusal = talker.hear(Refused)
+    assert (refusal.code, refusal.seq) == ("topic", 1)
