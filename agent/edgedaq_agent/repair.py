@@ -5,8 +5,8 @@ the intake said             so, when the lane is sent again from that position
 =========================== ================================================================================
 REFUSED(stream, seq)        a GAP with the reason goes in the frame's place
 REFUSED(stream, 0)          its OPEN: no frame of this stream can be taken; all of it is set aside
-REFUSED(..., "topic")       this node may not send its topics: it is opened without any, nor stores, and a GAP with
-                            the reason goes in the place of each of its frames, until its CLOSE
+REFUSED(..., "topic")       this node may not send its topics: it is opened without any, nor stores, and a GAP
+                            with the reason goes in the place of each of its frames, until its CLOSE
 UNKNOWN(stream)             its OPEN goes before its next frame; where nobody has one, all of it is set aside
 AHEAD(stream, expected)     a GAP from there to the frame that is ahead goes before it: the rest is lost for
 good

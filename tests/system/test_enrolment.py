@@ -55,6 +55,7 @@ class Machine:
     def __init__(self, name: str, log: Path) -> None:
         self.name = name
         self.log = log
+        self.environment = {**environment(), "XDG_STATE_HOME": str(log.parent / f"{name}-state")}
         self.running: list[subprocess.Popen[bytes]] = []
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
@@ -64,7 +65,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if command[0] == "-c" else log,
                 stderr=log,
-                env=environment(),
+                env=self.environment,
             )
         self.running.append(process)
         return process
@@ -75,7 +76,7 @@ class Machine:
             check=True,
             capture_output=True,
             text=True,
-            env=environment(),
+            env=self.environment,
             timeout=30,
         ).stdout
 
@@ -161,13 +162,7 @@ def test_two_commands_join_two_machines_and_the_cable_shows_no_payload(
     (node_dir / "marker.toml").write_text(
         f'daq_job_type = "{job}:Marker"\n[store_config.raw]\nfile_path = "m.bin"\n'
     )
-    os.environ["XDG_STATE_HOME"], before = str(tmp_path / "state"), os.environ.get("XDG_STATE_HOME")
-    try:
-        node.start("-m", "edgedaq_agent.cli", "run", "--config-dir", str(node_dir))
-    finally:
-        os.environ.pop("XDG_STATE_HOME")
-        if before is not None:
-            os.environ["XDG_STATE_HOME"] = before
+    node.start("-m", "edgedaq_agent.cli", "run", "--config-dir", str(node_dir))
     stored = out_dir / "pi3" / "m.bin"
     size = 200 * (20 * len(MARKER) + 4)
     _wait(lambda: stored.exists() and stored.stat().st_size >= size, 60)
@@ -179,7 +174,7 @@ def test_two_commands_join_two_machines_and_the_cable_shows_no_payload(
     _wait(lambda: b"seen-in-clear" in captured.read_bytes(), 10)
     seen = captured.read_bytes()
     assert len(seen) > size  # it did come by this cable
-    for secret in (MARKER, token, b"marker", b"m.bin", b"HELLO", b"secret"):
+    for secret in (MARKER, token, b"marker", b"m.bin", b"instance"):
         assert secret not in seen, secret
 
 
