@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 from edgedaq.delivery import gap_of
 from edgedaq.frame import Kind
 from edgedaq.lane_options import lane_claim
@@ -137,9 +138,11 @@ class Hop2:
     def intake(self, **config: Any) -> Worker:
         journal = {"segment": 4 << 20, "limit": 1 << 30, "reserve": 0, "stores": ["waited_for"]}
         config = {"listen": f"tcp://127.0.0.1:{self.port}", **journal, **config}
-        return self._start(
+        worker = self._start(
             "intake", "edgedaq_aggregator.intake:Intake", config, "hub", self.hub_runtime, self.hub_state
         )
+        wait_for(lambda: worker.process.poll() is not None or _listens(worker.process.pid), 30)
+        return worker
 
     def uplink(
         self, *, port: int = 0, node: str = "n1", limit: int = 1 << 30, enrolment: str = "", **data: Any
@@ -234,6 +237,13 @@ class Hop2:
 
     def logged(self, event: str) -> list[str]:
         return [line for line in self.log.read_text().splitlines() if event in line]
+
+
+def _listens(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        held = psutil.Process(pid).net_connections(kind="tcp")
+        return any(one.status == psutil.CONN_LISTEN for one in held)
+    return False
 
 
 def free_port() -> int:
