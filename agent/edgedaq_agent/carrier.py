@@ -20,7 +20,7 @@ import zmq
 from edgedaq.bad_files import BadFiles
 from edgedaq.clock import mono_ns
 from edgedaq.lane_options import LaneSpec
-from edgedaq.session_messages import Ack, Hello, Report
+from edgedaq.session_messages import Ack, Hello, Lives, Report
 from edgedaq.transport import PART_BYTES, PART_BYTES_MIN
 
 from edgedaq_agent.dialling import Dialling
@@ -35,6 +35,9 @@ _SAVE_NS = 1_000_000_000
 _REPORT_NS = 500_000_000
 _PARTS_PER_STEP = 16
 _STUCK_WAIT_S = 5.0
+_LIVES_MAX = 4096
+_COMMIT_S = 1.0
+"""More than a commit of a spool takes."""
 _ACKS_WITHIN_NS = 2_000_000_000
 _DRAIN_WITHIN_NS = 4_500_000_000
 _SUMMED = (
@@ -61,6 +64,8 @@ class Carrier:
     Args:
         lanes: In the order of ``hello.lanes``.
         took: Called with the rows and bytes of what arrives.
+        lives_after_s: Age of a session, and pause, after which it tells which lives there are: long enough
+            that two nodes of one name, which displace each other, never do.
 
     Raises:
         LogError: A spool cannot be opened.
@@ -76,8 +81,14 @@ class Carrier:
         state_dir: Path,
         context: zmq.Context[Any],
         took: Callable[[int, int], object],
+        lives_after_s: float,
     ) -> None:
         self._bad = BadFiles(state_dir / "bad")
+        self._rings_dir = rings_dir
+        self._lives_after_ns = int(lives_after_s * 1e9)
+        self._bound_s = (
+            max(spec.options.spool_after + spec.options.commit_after for spec in lanes) + _COMMIT_S
+        )
         self._stack = ExitStack()
         with self._stack:
             self._lanes = [
@@ -103,7 +114,7 @@ class Carrier:
         self._polled: list[Any] = []
         self._wants_room = False
         self._session_number = 0
-        self._scan_ns = self._save_ns = self._report_ns = 0
+        self._scan_ns = self._save_ns = self._report_ns = self._lives_ns = 0
         self._report: dict[str, Any] = {}
         self._stop_ns = 0
         self._node_report: dict[str, Any] | None = None
@@ -150,6 +161,8 @@ class Carrier:
             self._save_ns = now_ns + _SAVE_NS
             for lane in self._lanes:
                 lane.save()
+        if self._session.is_up and now_ns >= self._lives_ns:
+            self._tell_lives(now_ns)
         if now_ns >= self._report_ns:
             self._report_ns = now_ns + _REPORT_NS
             self._report = self._make_report(now_ns)
@@ -191,6 +204,7 @@ class Carrier:
     def _begin_session(self) -> None:
         self._session_number = self._session.number
         self._window = LinkWindow()
+        self._lives_ns = self._session.begun_ns + self._lives_after_ns
         self._credit = [self._session.credit] * len(self._lanes)
         for lane in self._lanes:
             lane.begin_session()
@@ -262,6 +276,15 @@ class Carrier:
         self._window.sent(lane.number, lane.lane.sent, now_ns)
         self._note_sent()
         return True
+
+    def _tell_lives(self, now_ns: int) -> None:
+        """Say which lives can still bring something, once all else is acknowledged."""
+        self._lives_ns = now_ns + self._lives_after_ns
+        if not all(lane.has_only_rings() for lane in self._lanes):
+            return
+        lives = [path.stem for path in self._rings_dir.glob("*.ring")]
+        if len(lives) <= _LIVES_MAX:
+            self._session.send(Lives(lives=lives, bound_s=self._bound_s))
 
     def _make_report(self, now_ns: int) -> dict[str, Any]:
         session, is_up = self._session, self._session.is_up

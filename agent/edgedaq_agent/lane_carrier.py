@@ -272,6 +272,10 @@ class LaneCarrier:
             if self.lane.is_empty:
                 self._spool.forget_streams()
 
+    def has_only_rings(self) -> bool:
+        """Tell whether all that is still owed lies in rings that are there."""
+        return self.lane.spool_acked >= self.lane.spool_end and not self.lane.held_bytes(None)
+
     def has_all_safe(self) -> bool:
         """Tell whether nothing is in memory that could be in the spool."""
         return not self.lane.memory_bytes or self._spool is None

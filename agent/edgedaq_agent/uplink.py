@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import msgspec
 import zmq
-from edgedaq.config import DAQJobConfig
+from edgedaq.config import DAQJobConfig, Seconds
 from edgedaq.job import DAQJob
 from edgedaq.job_context import JobContext
 from edgedaq.lane_options import LaneSpec
@@ -44,9 +44,11 @@ class UplinkConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
         aggregator: Address of the intake; empty: where the node has joined.
         enrolment: File that ``join`` writes; empty: there is none to be, and no keys.
         lanes: ``data`` first.
+        lives_after: See ``Carrier``.
     """
 
     lanes: Annotated[list[LaneSpec], msgspec.Meta(min_length=1, max_length=16)]
+    lives_after: Annotated[Seconds, msgspec.Meta(gt=0)] = 30.0
     aggregator: str = ""
     enrolment: str = ""
 
@@ -88,6 +90,7 @@ class Uplink(DAQJob):
             state_dir=self.state_dir,
             context=zmq.Context.instance(),
             took=self.context.took,
+            lives_after_s=config.lives_after,
         ) as carrier:
             self._carrier = carrier
             carrier.run(lambda: self.is_stopping, self.stop_fd)

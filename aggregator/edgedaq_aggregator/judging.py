@@ -50,6 +50,7 @@ class StreamFacts(NamedTuple):
     row_bytes: int
     stores: tuple[str, ...] = ()
     has_topics: bool = True
+    life: str = ""
 
 
 class StreamOwners:
@@ -78,7 +79,7 @@ class StreamOwners:
         if stream not in self.facts:
             self._open_count[info.node] = self.open_count(info.node) + 1
         self.facts[stream] = StreamFacts(
-            info.node, info.job, row_bytes, tuple(info.store_config), bool(info.topics)
+            info.node, info.job, row_bytes, tuple(info.store_config), bool(info.topics), info.life
         )
 
     def closed(self, stream: int) -> None:
@@ -128,9 +129,11 @@ class Judged:
 
 
 class _Refusal(Exception):  # noqa: N818  # a verdict inside this module
-    def __init__(self, code: str, text: str) -> None:
+    def __init__(self, code: str, text: str, *, is_of_stream: bool = False) -> None:
         super().__init__(text)
         self.code = code
+        self.is_of_stream = is_of_stream
+        """No frame of the stream can be taken any more."""
 
 
 def judge_part(
@@ -171,6 +174,7 @@ def judge_part(
         try:
             verdict = _judge(table, expected, frame, facts, node)
             if verdict is Verdict.DUPLICATE:
+                _check_closed(table, frame)
                 judged.duplicate_count += 1
                 continue
             if verdict is Verdict.UNKNOWN:
@@ -185,7 +189,7 @@ def judge_part(
                 lane=lane,
                 position=start,
                 stream=stream,
-                seq=frame.seq,
+                seq=0 if e.is_of_stream else frame.seq,
                 code=e.code,
                 text=str(e)[:1000],
             )
@@ -215,6 +219,14 @@ def _judge(
     except WireError as e:
         raise _Refusal("body", str(e)) from e
     return Verdict.DUPLICATE
+
+
+def _check_closed(table: StreamTable, frame: Frame) -> None:
+    """Refuse what comes of a stream after the intake itself has closed it: it was never here before."""
+    state = table.tombstones.get(frame.stream)
+    if state is not None and state.tail_unknown and frame.seq >= state.next_seq:
+        text = f"stream {frame.stream:016x} was closed: its node had said that nothing of it is left"
+        raise _Refusal("closed", text, is_of_stream=True)
 
 
 def _ahead(

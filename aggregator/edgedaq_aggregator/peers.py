@@ -25,6 +25,7 @@ from edgedaq.session_messages import (
     Hello,
     Join,
     Joined,
+    Lives,
     Ping,
     Pong,
     Reject,
@@ -56,6 +57,7 @@ class Peers:
     Args:
         gatekeeper: Knows the keys; None where sessions have none.
         take_report: Called with the report of a node.
+        take_lives: Called with what a node says of the lives that it still has something of.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Peers:
         version: str,
         window_bytes: int,
         take_report: Callable[[dict[str, Any]], object],
+        take_lives: Callable[[Session, Lives], object],
     ) -> None:
         self.sessions = Sessions()
         self.nodes: dict[str, NodeCounts] = {}
@@ -76,6 +79,7 @@ class Peers:
         self._version = version
         self._window_bytes = window_bytes
         self._take_report = take_report
+        self._take_lives = take_lives
         self._rejected, self._cloned = LogLimit(), LogLimit()
         self._budget = LogBudget(_LINES_MAX)
         self._log = get_logger()
@@ -112,6 +116,8 @@ class Peers:
                     self._take_report(message.report)
                 else:
                     self._log.warning("report.rejected", node=session.node, reason="it names another node")
+            case Lives():
+                self._take_lives(session, message)
             case Bye():
                 self._say(
                     "info", "session.ended", node=session.node, reason=f"{message.code}: {message.text}"

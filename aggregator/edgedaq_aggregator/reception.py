@@ -24,13 +24,14 @@ from edgedaq.errors import WireError
 from edgedaq.log_limit import LogLimit
 from edgedaq.logsetup import get_logger
 from edgedaq.segments import LogError
-from edgedaq.session_messages import Refused, Resend
+from edgedaq.session_messages import Lives, Refused, Resend
 from edgedaq.transport import FLAG_REPLAY, MAX_PART_BYTES, WINDOW_BYTES, unpack_data_header
 
 from edgedaq_aggregator.gatekeeper import Gatekeeper
 from edgedaq_aggregator.intake_report import journal_facts, security_facts, stream_accounts
 from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.judging import Judged, Problem, StreamOwners, judge_part
+from edgedaq_aggregator.orphans import closing_frames
 from edgedaq_aggregator.peers import Peers
 from edgedaq_aggregator.refusals import Refusals
 from edgedaq_aggregator.router import Received, Router
@@ -102,6 +103,7 @@ class Reception:
             version=version,
             window_bytes=window_bytes,
             take_report=take_report,
+            take_lives=self._take_lives,
         )
         self._poller = zmq.Poller()
         for item in (self._router.socket, self._router.monitor, *journal.pollables()):
@@ -211,6 +213,17 @@ class Reception:
         node.add(judged)
         self._take_rows(judged.rows, judged.body_bytes)
         return True
+
+    def _take_lives(self, session: Session, message: Lives) -> None:
+        """Close the streams that their node can say nothing more of."""
+        table, owners = self._journal.table, self._owners
+        frames = closing_frames(table, owners, session.node, set(message.lives), message.bound_s)
+        if not frames or not self._journal.would_fit(sum(len(frame.raw) for frame in frames)):
+            return  # it is said again
+        if self._keep(session, Judged(accepted=frames)):
+            for frame in frames:
+                owners.closed(frame.stream)
+            self._log.warning("stream.closed", node=session.node, count=len(frames), reason="tail unknown")
 
     def _stand_still_for_room(self, lane: IntakeLane, need_bytes: int) -> None:
         lane.stand_still(for_room=True)

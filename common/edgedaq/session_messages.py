@@ -11,6 +11,7 @@
       │ PING ──────────────────────────────────► │  every second, with the clock offset found so far
       │ ◄────────────────────────────────── PONG │  with both UTC times of the intake
       │ REPORT ────────────────────────────────► │  statistics of the node; newest wins, may be lost
+      │ LIVES ─────────────────────────────────► │  nothing but of these lives can come any more
       │ BYE ◄──────────────────────────────────► │  why the session ends
 
     join                                     intake
@@ -45,6 +46,7 @@ __all__ = [
     "Hello",
     "Join",
     "Joined",
+    "Lives",
     "Ping",
     "Pong",
     "Refused",
@@ -199,6 +201,17 @@ class Report(Message, frozen=True, kw_only=True):
     report: dict[str, Any]
 
 
+class Lives(Message, frozen=True, kw_only=True):
+    """All that the node has of other lives of its jobs than these was sent, and is acknowledged.
+
+    The intake closes what is open of the others: nobody is left who could. ``bound_s``: how much of their
+    tail can be missing at most.
+    """
+
+    lives: Annotated[list[Word], msgspec.Meta(max_length=4096)]
+    bound_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+
+
 class Bye(Message, frozen=True, kw_only=True):
     """The sender has ended the session, and why."""
 
@@ -206,7 +219,7 @@ class Bye(Message, frozen=True, kw_only=True):
     text: Text = ""
 
 
-FromUplink = Hello | Join | Ping | Report | Bye
+FromUplink = Hello | Join | Ping | Report | Lives | Bye
 FromIntake = Welcome | Joined | Reject | Ack | Resend | Refused | Unknown | Ahead | Pong | Bye
 
 _CHECK_BYTES = 8

@@ -145,7 +145,14 @@ class Hop2:
         return worker
 
     def uplink(
-        self, *, port: int = 0, node: str = "n1", limit: int = 1 << 30, enrolment: str = "", **data: Any
+        self,
+        *,
+        port: int = 0,
+        node: str = "n1",
+        limit: int = 1 << 30,
+        enrolment: str = "",
+        lives_after: float = 30.0,
+        **data: Any,
     ) -> Worker:
         """Start an uplink with the lanes of this hop; ``data`` are options of its first one."""
         lanes = [
@@ -153,7 +160,7 @@ class Hop2:
             for name, topics, options, more in [("data", ["store"], data, {}), *self.lanes]
         ]
         address = "" if enrolment and not port else f"tcp://127.0.0.1:{port or self.port}"
-        config = {"aggregator": address, "enrolment": enrolment, "lanes": lanes}
+        config = {"aggregator": address, "enrolment": enrolment, "lanes": lanes, "lives_after": lives_after}
         return self._start(
             "uplink", "edgedaq_agent.uplink:Uplink", config, node, self.node_runtime, self.node_state
         )
