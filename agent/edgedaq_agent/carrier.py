@@ -86,9 +86,8 @@ class Carrier:
         self._bad = BadFiles(state_dir / "bad")
         self._rings_dir = rings_dir
         self._lives_after_ns = int(lives_after_s * 1e9)
-        self._bound_s = (
-            max(spec.options.spool_after + spec.options.commit_after for spec in lanes) + _COMMIT_S
-        )
+        waits_s = [spec.options.spool_after + spec.options.commit_after for spec in lanes]
+        self._bound_s = max(waits_s) + _COMMIT_S
         self._stack = ExitStack()
         with self._stack:
             self._lanes = [

@@ -29,6 +29,7 @@ from edgedaq.session_messages import (
     Bye,
     FromIntake,
     Hello,
+    Lives,
     Ping,
     Pong,
     Refused,
@@ -157,7 +158,7 @@ class Session:
             return False
         return True
 
-    def send(self, message: Hello | Ping | Report | Bye) -> bool:
+    def send(self, message: Hello | Ping | Report | Lives | Bye) -> bool:
         """Send a control message; False when the socket takes no more now."""
         if self._socket is None:
             return False

@@ -1,9 +1,9 @@
 """Streams that nobody will go on with: their node has lost their ring, in a power cut or to damage. Pure.
 
-A job's stream ends by its CLOSE, written by the job itself or by who salvages its ring. Where the ring is gone
-there is nobody left to write it. The node says which lives it still has something of (LIVES), once it has sent
-everything else; the intake then closes the others itself, so that the stream says that its tail is not known,
-and how many seconds of it at most.
+A job's stream ends by its CLOSE, written by the job itself or by who salvages its ring. Where the ring is
+gone there is nobody left to write it. The node says which lives it still has something of (LIVES), once it
+has sent everything else; the intake then closes the others itself, so that the stream says that its tail is
+not known, and how many seconds of it at most.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A stream whose ring is gone, as after a power cut of its node, is closed and says that its tail is unknown."""
+"""A stream whose ring is gone, as after a power cut of its node, is closed: its tail is unknown."""
 
 from __future__ import annotations
 
