@@ -13,7 +13,7 @@ from edgedaq.frame import Kind
 from edgedaq.storage import OsStorage, Storage
 from edgedaq_aggregator.stores.backend import Backend, Refusal
 from edgedaq_aggregator.stores.engine import StoreEngine
-from edgedaq_aggregator.stores.loop import StoreLoop
+from edgedaq_aggregator.stores.loop import Cadence, StoreLoop
 
 from tests.contract.ended_calls import EndedCalls
 from tests.contract.faulty_storage import KilledStorage
@@ -22,6 +22,7 @@ from tests.contract.store_feed import Feed, FeedFollower
 __all__ = ["Pairs", "StoreUnderTest", "wait_for"]
 
 Pairs = list[tuple[int, float]]
+CADENCE = Cadence()
 
 
 class StoreUnderTest:
@@ -94,6 +95,7 @@ class StoreUnderTest:
         feed: Feed,
         storage: Storage,
         wrap: Callable[[Backend], Backend] = lambda backend: backend,
+        cadence: Cadence = CADENCE,
     ) -> Iterator[tuple[StoreLoop, list[FeedFollower]]]:
         """Run the store on a feed in a thread of its own, until the block is left."""
         stop = threading.Event()
@@ -109,6 +111,7 @@ class StoreUnderTest:
             follow=follow,
             bad_dir=base / "bad",
             stop=stop,
+            cadence=cadence,
         )
         thread = threading.Thread(target=loop.run)
         thread.start()

@@ -6,5 +6,7 @@ __all__ = ["STORES"]
 
 STORES = {
     "DAQJobStoreCSV": "edgedaq_aggregator.stores.csv:DAQJobStoreCSV",
+    "DAQJobStoreParquet": "edgedaq_aggregator.stores.parquet:DAQJobStoreParquet",
     "DAQJobStoreRaw": "edgedaq_aggregator.stores.raw:DAQJobStoreRaw",
+    "DAQJobStoreSQLite": "edgedaq_aggregator.stores.sqlite:DAQJobStoreSQLite",
 }

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple, Protocol
 
 import structlog
 from edgedaq.clock import utc_date
-from edgedaq.delivery import StreamTable
-from edgedaq.errors import ConfigError, StoreError, WireError
-from edgedaq.frame import Frame, decode
-from edgedaq.open_info import OpenInfo, decode_open
+from edgedaq.errors import ConfigError, StoreError
+from edgedaq.frame import Frame
+from edgedaq.open_info import OpenInfo
 from edgedaq.storage import Storage
 
 from edgedaq_aggregator.stores.backend import Recovered, Refusal
@@ -29,11 +28,11 @@ from edgedaq_aggregator.stores.data_file import Buffer, Compressor, DataFile
 from edgedaq_aggregator.stores.data_files import DataFiles
 from edgedaq_aggregator.stores.file_names import PathRefusedError
 from edgedaq_aggregator.stores.marks import MARKS_HEADER, Mark, mark_line, marks_file
+from edgedaq_aggregator.stores.streams import REFUSED, redirected_to, redirection, reopened
 from edgedaq_aggregator.stores.tables import by_time, each_or_refused
 
 __all__ = ["Encoder", "FileBackend", "FileFormat", "FileOptions", "Piece"]
 
-_REFUSED = "_refused"
 _NS_PER_DAY = 86_400_000_000_000
 
 
@@ -123,13 +122,7 @@ class FileBackend:
         files = DataFiles(self._out_dir, dict(state.files), self._storage, commits.declare)
         self._recovered = commits, files
         files.recover(is_clean=state.clean, is_damaged=bool(commits.damage))
-        table = StreamTable.restore(state.table.snapshot())
-        for account in list(table.streams.values()):
-            try:
-                self.open(account.stream, decode_open(decode(memoryview(account.open_raw))))
-            except WireError as e:
-                self._log.error("stream.unreadable", stream=f"{account.stream:016x}", reason=str(e))
-                del table.streams[account.stream]
+        table = reopened(state, self.open, self._log)
         return Recovered(table, state.position)
 
     def open(self, stream: int, info: OpenInfo) -> None:
@@ -229,12 +222,10 @@ class FileBackend:
         return self._recovered
 
     def _refused(self, stream: int, info: OpenInfo, reason: str) -> FileOptions:
-        path = f"{_REFUSED}/{stream:016x}.{self._format.key}"
-        self._log.error("stream.redirected", node=info.node, job=info.job, path=path, reason=reason)
+        path = redirected_to(stream, self._format.key)
+        mark = redirection(stream, info, reason, path, self._log)
         if not self._files.is_recorded(info.node, path):
-            self.write_mark(
-                Mark(info, stream, "redirected", info.t_open_ns, 0, 0, 0, f"{reason}; see {path}")
-            )
+            self.write_mark(mark)
         return FileOptions(path)
 
     def _append(self, stream: int, held: _Stream, day: int, piece: Piece) -> None:
@@ -261,7 +252,7 @@ class FileBackend:
                 owner=stream if options.overwrite else 0,
             )
         except PathRefusedError as e:
-            if options.file_path.startswith(_REFUSED):
+            if options.file_path.startswith(REFUSED):
                 raise StoreError(str(e)) from e
             held.options = self._refused(stream, held.info, str(e))
             return self._locate(stream, held, -1, header)

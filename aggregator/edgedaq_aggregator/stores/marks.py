@@ -23,9 +23,9 @@ from edgedaq.clock import iso_utc
 from edgedaq.open_info import OpenInfo
 from edgedaq.store_config import MARKS_FILE
 
-__all__ = ["MARKS_HEADER", "Mark", "mark_line", "marks_file"]
+__all__ = ["MARKS_COLUMNS", "MARKS_HEADER", "Mark", "mark_line", "mark_values", "marks_file"]
 
-_COLUMNS = (
+MARKS_COLUMNS = (
     "time",
     "node",
     "job",
@@ -38,7 +38,7 @@ _COLUMNS = (
     "rows",
     "reason",
 )
-MARKS_HEADER = (",".join(_COLUMNS) + "\n").encode()
+MARKS_HEADER = (",".join(MARKS_COLUMNS) + "\n").encode()
 
 
 class Mark(NamedTuple):
@@ -59,10 +59,10 @@ def marks_file(key: str) -> str:
     return MARKS_FILE if key == "csv" else MARKS_FILE.replace(".csv", f".{key}.csv")
 
 
-def mark_line(mark: Mark) -> bytes:
-    """Return a mark as a line of CSV."""
+def mark_values(mark: Mark) -> tuple[str | int | None, ...]:
+    """Return a mark as the values of ``MARKS_COLUMNS``."""
     info = mark.info
-    values = (
+    return (
         iso_utc(mark.t_utc_ns),
         info.node,
         info.job,
@@ -70,12 +70,17 @@ def mark_line(mark: Mark) -> bytes:
         f"{mark.stream:016x}",
         info.tag,
         mark.kind,
-        str(mark.first_seq),
-        str(mark.last_seq),
-        "" if mark.rows is None else str(mark.rows),
-        mark.reason,
+        mark.first_seq,
+        mark.last_seq,
+        mark.rows,
+        mark.reason.encode("utf-8", "backslashreplace").decode(),
     )
-    return (",".join(map(_field, values)) + "\n").encode("utf-8", "backslashreplace")
+
+
+def mark_line(mark: Mark) -> bytes:
+    """Return a mark as a line of CSV."""
+    texts = ("" if value is None else str(value) for value in mark_values(mark))
+    return (",".join(map(_field, texts)) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _field(text: str) -> str:

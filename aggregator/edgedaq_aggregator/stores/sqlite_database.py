@@ -1,0 +1,190 @@
+"""One database of the SQLite store: tables from rows, and everything of a commit in one transaction.
+
+``apply`` is one transaction: rows, marks, and per stream the watermark, the next seq that is not here yet.
+What comes again of a stream after a death is recognized by it, so a database never holds a row twice,
+whatever the commit record says. A mark that comes again is the same mark.
+
+WAL and ``synchronous=FULL``: readers never wait for the store nor it for them, and a commit is on the disk
+when it returns. Where the file system cannot do WAL, the rollback journal does it, more slowly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgedaq.errors import StoreError
+
+from edgedaq_aggregator.stores.marks import MARKS_COLUMNS
+from edgedaq_aggregator.stores.sqlite_rows import Rows
+
+__all__ = ["Batch", "Database", "UnusableError", "quoted"]
+
+BUSY_LIMIT_S = 5.0
+"""How long a reader that locks the database as a whole is waited for."""
+
+_NUMBERS_MAX = 1000
+_UNUSABLE = ("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_READONLY", "SQLITE_FORMAT")
+_PRAGMAS = ("PRAGMA journal_size_limit = 67108864", "PRAGMA temp_store = MEMORY")
+_SCHEMA = (
+    f"CREATE TABLE IF NOT EXISTS edgedaq_marks ({', '.join(MARKS_COLUMNS)})",
+    """CREATE UNIQUE INDEX IF NOT EXISTS edgedaq_marks_once
+        ON edgedaq_marks (stream, kind, first_seq, last_seq, ifnull(rows, -1), reason)""",
+    "CREATE TABLE IF NOT EXISTS edgedaq_columns (table_name TEXT, column_name TEXT, dtype TEXT, unit TEXT)",
+    "CREATE TABLE IF NOT EXISTS edgedaq_watermarks (stream TEXT PRIMARY KEY, next_seq INTEGER) WITHOUT ROWID",
+)
+
+
+class UnusableError(Exception):
+    """There is a file, but it is no database that rows can go to."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What a transaction is to write, in order."""
+
+    rows: list[tuple[str, Rows]] = field(default_factory=list)
+    marks: list[Sequence[object]] = field(default_factory=list)
+    watermarks: dict[int, int] = field(default_factory=dict)
+    ended: list[int] = field(default_factory=list)
+
+
+class Database:
+    """One open database. Used by one thread at a time.
+
+    Raises:
+        UnusableError: It is none, or is damaged.
+        StoreError: It cannot be had now.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path = path
+        self.name = name
+        self.pending = Batch()
+        self.last_used = 0
+        self.pins = 0
+        """Commits under way that still write to it."""
+        self._tables: dict[tuple[str, tuple[str, ...]], tuple[str, str]] = {}
+        try:
+            self._connection = sqlite3.connect(
+                path, timeout=BUSY_LIMIT_S, isolation_level=None, check_same_thread=False
+            )
+        except sqlite3.Error as e:
+            message = f"{name}: {e}"
+            raise StoreError(message) from e
+        try:
+            with self._told():
+                self.watermarks = self._prepare()
+            self._inode = path.stat().st_ino
+        except BaseException:
+            self._connection.close()
+            raise
+
+    @property
+    def is_there(self) -> bool:
+        """The file that it writes to is the one of its name."""
+        try:
+            return self.path.stat().st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
+    @property
+    def has_pending(self) -> bool:
+        """There is something for the next commit."""
+        return bool(self.pending.watermarks or self.pending.marks)
+
+    def take_pending(self) -> Batch:
+        """Return what the next transaction is to write."""
+        batch, self.pending = self.pending, Batch()
+        return batch
+
+    def apply(self, batch: Batch) -> None:
+        """Make a batch durable in one transaction.
+
+        Raises:
+            StoreError: Nothing of it is there.
+        """
+        with self._told():
+            run = self._connection.execute
+            run("BEGIN IMMEDIATE")
+            try:
+                for table_name, rows in batch.rows:
+                    self._connection.executemany(self._insert(table_name, rows), rows.values)
+                marks = "INSERT OR IGNORE INTO edgedaq_marks VALUES (?,?,?,?,?,?,?,?,?,?,?)"
+                self._connection.executemany(marks, batch.marks)
+                known = [(f"{stream:016x}", next_seq) for stream, next_seq in batch.watermarks.items()]
+                self._connection.executemany("INSERT OR REPLACE INTO edgedaq_watermarks VALUES (?,?)", known)
+                ended = [(f"{stream:016x}",) for stream in batch.ended]
+                self._connection.executemany("DELETE FROM edgedaq_watermarks WHERE stream = ?", ended)
+                run("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    run("ROLLBACK")
+                raise
+
+    def close(self) -> None:
+        """Close it, everything in the one file if it can be; what was not applied is dropped."""
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute(
+                "PRAGMA wal_checkpoint(TRUNCATE)"
+            )  # closing alone leaves out a moved one
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.close()
+
+    def _prepare(self) -> dict[int, int]:
+        run = self._connection.execute
+        mode = run("PRAGMA journal_mode = WAL").fetchone()[0]
+        run(f"PRAGMA synchronous = {'FULL' if mode == 'wal' else 'EXTRA'}")
+        for pragma in _PRAGMAS:
+            run(pragma)
+        for statement in _SCHEMA:
+            run(statement)
+        found = run("SELECT stream, next_seq FROM edgedaq_watermarks").fetchall()
+        return {int(stream, 16): int(next_seq) for stream, next_seq in found}
+
+    def _insert(self, table_name: str, rows: Rows) -> str:
+        known = self._tables.get((table_name, rows.names))
+        if known is None:
+            table = self._table_for(table_name, rows)
+            insert = f"INSERT INTO {quoted(table)} VALUES ({','.join('?' * len(rows.names))})"  # noqa: S608 -- quoted
+            known = self._tables[table_name, rows.names] = table, insert
+        return known[1]
+
+    def _table_for(self, table_name: str, rows: Rows) -> str:
+        """Return the table with these columns, made if there is none: of the name asked for, or numbered."""
+        run = self._connection.execute
+        for number in range(1, _NUMBERS_MAX):
+            table = table_name if number == 1 else f"{table_name}_{number}"
+            of_name = "SELECT type FROM sqlite_master WHERE name = ? COLLATE NOCASE"
+            kinds = {kind for (kind,) in run(of_name, (table,))}
+            if kinds == {"table"}:
+                held = tuple(row[1] for row in run(f"PRAGMA table_info({quoted(table)})"))
+                if held == rows.names:
+                    return table
+            if kinds:
+                continue
+            columns = ", ".join(map(quoted, rows.names))
+            run(f"CREATE TABLE {quoted(table)} ({columns})")
+            described = zip([table] * len(rows.names), rows.names, rows.dtypes, rows.units, strict=True)
+            self._connection.executemany("INSERT INTO edgedaq_columns VALUES (?,?,?,?)", described)
+            return table
+        message = f"{self.name}: all of {_NUMBERS_MAX} tables of {table_name!r} have other columns"
+        raise StoreError(message)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what SQLite raises into what a store raises."""
+        try:
+            yield
+        except sqlite3.Error as e:
+            message = f"{self.name}: {e}"
+            code = getattr(e, "sqlite_errorname", "")
+            raise (UnusableError if code.startswith(_UNUSABLE) else StoreError)(message) from e
+
+
+def quoted(name: str) -> str:
+    """Return a name as SQL takes it, whatever it is."""
+    return '"' + name.replace('"', '""') + '"'
