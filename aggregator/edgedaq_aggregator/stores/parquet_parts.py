@@ -77,7 +77,11 @@ class Part:
         with _told(self.name):
             if self._writer is None:
                 self._sink = _Sink(hidden(self.path), self._storage)
-                options: dict[str, Any] = {"compression": self._compression, "version": "2.6"}
+                options: dict[str, Any] = {
+                    "compression": self._compression,
+                    "version": "2.6",
+                    "use_dictionary": _texts(self._schema),
+                }
                 self._writer = pq.ParquetWriter(cast("Any", self._sink), self._schema, **options)
             self._writer.write_table(table, row_group_size=len(table))
 
@@ -167,6 +171,11 @@ class Dataset:
             if not held.equals(schema):
                 return None
         return cls(path, name, schema, max(newest, recorded) + 1)
+
+
+def _texts(schema: pa.Schema) -> list[str]:
+    """Return the columns that a dictionary is tried for; of measured numbers it costs more than all else."""
+    return [field.name for field in schema if pa.types.is_string(field.type)]
 
 
 def hidden(path: Path) -> Path:

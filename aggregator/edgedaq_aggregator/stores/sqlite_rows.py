@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -23,12 +24,12 @@ _INT_MAX = 2**63 - 1
 
 
 class Rows(NamedTuple):
-    """Rows of one set of columns; ``values`` can be iterated once."""
+    """Rows of one set of columns; ``values``, one row after another, can be iterated once."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     units: tuple[str, ...]
-    values: Iterable[Sequence[Any]]
+    values: Iterator[Any]
 
 
 class RowEncoder:
@@ -47,21 +48,22 @@ class RowEncoder:
         """
         schema = self._schema
         if schema is not None and _is_plain(schema) and all(f.kind is Kind.PACKED for f in frames):
-            return [self._packed(schema, frame) for frame in frames]
+            return [self._packed(schema, frames)]
         try:
             return [self._general(batch) for batch in self._decoder.batches(frames)]
         except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError) as e:
             message = f"SQLite has no form for it: {e}"
             raise WireError(message) from e
 
-    def _packed(self, schema: Schema, frame: Frame) -> Rows:
-        if len(frame.body) != frame.rows * schema.row_bytes:
-            message = f"{len(frame.body)} bytes are not {frame.rows} rows of {schema.row_bytes} bytes"
-            raise WireError(message)
+    def _packed(self, schema: Schema, frames: Sequence[Frame]) -> Rows:
+        for frame in frames:
+            if len(frame.body) != frame.rows * schema.row_bytes:
+                message = f"{len(frame.body)} bytes are not {frame.rows} rows of {schema.row_bytes} bytes"
+                raise WireError(message)
         units = tuple(column.unit for column in schema.columns)
         dtypes = tuple(column.text for column in schema.columns)
-        values = schema.flat_struct.iter_unpack(frame.body)
-        return Rows(self._distinct(schema.names), dtypes, units, values)
+        rows = chain.from_iterable(schema.flat_struct.iter_unpack(frame.body) for frame in frames)
+        return Rows(self._distinct(schema.names), dtypes, units, chain.from_iterable(rows))
 
     def _general(self, batch: pa.RecordBatch) -> Rows:
         names = tuple(batch.schema.names)
@@ -71,7 +73,7 @@ class RowEncoder:
         )
         units = tuple(known[name].unit if name in known else "" for name in names)
         columns = [_values(column) for column in batch.columns]
-        return Rows(self._distinct(names), dtypes, units, zip(*columns, strict=True))
+        return Rows(self._distinct(names), dtypes, units, chain.from_iterable(zip(*columns, strict=True)))
 
     def _distinct(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return names that differ in more than the case of letters, which SQLite does not tell apart."""
