@@ -8,11 +8,10 @@ They live here so that an agent can check them without the libraries of the stor
 
 A job may name several backends at once; each gets all of the data. Files land under ``out_dir/<node>/``.
 
-Rotation closes a file and goes on in the next one, by any of::
+Rotation leaves a file and goes on in the next one, by either or both of::
 
-    rotate_size = "1 GB"     name.csv, name.000002.csv, ...   a file is left once it is as large
-    rotate_every = "1 h"     2026-05-01T13-00_name.csv        by the UTC time of the data
-    rotate_run = true        run000042_name.csv               by the run that the data was taken in
+    rotate_size = "1 GB"     name.csv, name.2.csv, ...     a file is left once it is as large
+    rotate_every = "1 h"     2026-05-01T13-00_name.csv     by the UTC time of the data
 """
 
 from __future__ import annotations
@@ -133,31 +132,30 @@ class _RotatedOptions(_FileOptions, frozen=True, forbid_unknown_fields=True):
 
     rotate_size: Annotated[Bytes, msgspec.Meta(ge=_ROTATE_BYTES_MIN)] | None = None
     rotate_every: Annotated[Seconds, msgspec.Meta(ge=60)] | None = None
-    rotate_run: bool = False
-
-    @property
-    def is_rotated(self) -> bool:
-        """Some rotation is asked for."""
-        return self.rotate_size is not None or self.rotate_every is not None or self.rotate_run
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rotate_every is not None and self.rotate_every % 60:
             message = f"rotate_every must be whole minutes, got {self.rotate_every} s"
             raise ConfigError(message)
-        if getattr(self, "overwrite", False) and self.is_rotated:
+        if getattr(self, "overwrite", False) and (self.rotate_size or self.rotate_every):
             message = "overwrite keeps one file, rotate_* makes many: only one of them can be given"
             raise ConfigError(message)
 
+    @property
+    def rotate_ns(self) -> int:
+        """``rotate_every`` in nanoseconds, 0 for never."""
+        return round((self.rotate_every or 0) * 1e9)
 
-class DAQJobStoreConfigCSV(_FileOptions, frozen=True, forbid_unknown_fields=True):
+
+class DAQJobStoreConfigCSV(_RotatedOptions, frozen=True, forbid_unknown_fields=True):
     """``overwrite``: the file holds the newest stream's rows only; ``use_zstd``: one frame per commit."""
 
     overwrite: bool = False
     use_zstd: bool = False
 
 
-class DAQJobStoreConfigRaw(_FileOptions, frozen=True, forbid_unknown_fields=True):
+class DAQJobStoreConfigRaw(_RotatedOptions, frozen=True, forbid_unknown_fields=True):
     """``length_prefix``: each message follows its length (little-endian u32); else they lie back to back."""
 
     overwrite: bool = False

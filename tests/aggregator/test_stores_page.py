@@ -97,8 +97,9 @@ def test_tables_are_read_back_as_their_pages_say(tmp_path, monkeypatch, key):
     feed = Feed()
     feed.open(1, {key: {"file_path": f"data.{key}"}})
     expected = feed.pairs(1, 0, 100)
-    make = {"sqlite": SqliteBackend, "parquet": ParquetBackend}[key]
-    monkeypatch.chdir(stored_by(make(tmp_path / "state", tmp_path / "out", OsStorage()), key, feed, tmp_path))
+    made = tmp_path / "state", tmp_path / "out", OsStorage()
+    backend = SqliteBackend(*made) if key == "sqlite" else ParquetBackend(*made)
+    monkeypatch.chdir(stored_by(backend, key, feed, tmp_path))
     found = run(key, 0)
     if key == "sqlite":
         found["connection"].close()

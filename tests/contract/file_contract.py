@@ -158,6 +158,62 @@ class StorageStoreContract(StoreContract):
 class AppendStoreContract(FileStoreContract, StorageStoreContract):
     """What stores that append to files promise besides."""
 
+    def rotated(self, base: Path, name: str = "data.dat") -> list[str]:
+        """Return the names of a rotated file, in order."""
+        stem, suffix = name.split(".")
+        names = [name, *(f"{stem}.{number}.{suffix}" for number in range(2, 100))]
+        return [held for held in names if (base / "out" / NODE / held).exists()]
+
+    def test_a_file_that_is_full_is_left_and_rows_go_on_in_the_next_one(self, tmp_path):
+        feed = Feed()
+        feed.open(1, self.config(rotate_size=64 << 10))
+        expected = []
+        for part in range(20):
+            expected += feed.pairs(1, part * 1000, 1000)
+            if part % 7 == 6:
+                self.feed_all(tmp_path, feed, per_commit=2)
+        self.feed_all(tmp_path, feed)
+        names = self.rotated(tmp_path)
+        assert len(names) > 2
+        assert flat(self.read_pairs(tmp_path, name) for name in names) == expected
+        sizes = [(tmp_path / "out" / NODE / name).stat().st_size for name in names]
+        assert min(sizes[:-1]) >= 64 << 10
+        assert max(sizes) < 2 * (64 << 10)
+
+    @pytest.mark.parametrize("kind", [KilledStorage, PowerCutStorage])
+    def test_rotation_survives_an_end_at_any_operation(self, tmp_path, kind):
+        feed = Feed()
+        feed.open(1, self.config(rotate_size=64 << 10))
+        expected = flat(feed.pairs(1, part * 3000, 3000) for part in range(6))
+        for at in range(200):
+            base = tmp_path / str(at)
+            base.mkdir()
+            storage = PowerCutStorage([base], at) if kind is PowerCutStorage else KilledStorage(at)
+            try:
+                self.feed_all(base, feed, storage, per_commit=3)
+            except EndedHere:
+                end_storage(storage, is_cut=True)
+                self.feed_all(base, feed)
+            else:
+                end_storage(storage)
+                break
+            found = flat(self.read_pairs(base, name) for name in self.rotated(base))
+            assert found == expected, f"operation {at}"
+        assert at > 10
+
+    def test_a_file_is_rotated_by_the_time_of_its_data(self, tmp_path):
+        feed = Feed()
+        feed.open(1, self.config(rotate_every=3600.0))
+        hour_ns = DAY_NS // 24
+        first = feed.pairs(1, 0, 5, T0_NS)
+        second = feed.pairs(1, 5, 5, T0_NS + hour_ns)
+        first += feed.pairs(1, 10, 5, T0_NS + hour_ns - 1)
+        third = feed.pairs(1, 15, 5, T0_NS + DAY_NS + 23 * hour_ns + 1)
+        self.feed_all(tmp_path, feed)
+        assert self.read_pairs(tmp_path, "2026-05-01T00-00_data.dat") == first
+        assert self.read_pairs(tmp_path, "2026-05-01T01-00_data.dat") == second
+        assert self.read_pairs(tmp_path, "2026-05-02T23-00_data.dat") == third
+
     @pytest.mark.parametrize("is_overwriting", [False, True])
     def test_a_file_replaced_by_a_directory_holds_nothing_up(self, tmp_path, is_overwriting):
         feed = Feed()

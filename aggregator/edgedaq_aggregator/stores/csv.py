@@ -52,9 +52,15 @@ class CsvFormat:
         except msgspec.ValidationError as e:
             message = f"store_config.csv: {e}"
             raise ConfigError(message) from e
-        if not found.use_zstd:
-            return FileOptions(found.file_path, found.add_date, found.overwrite)
-        return FileOptions(found.file_path, found.add_date, found.overwrite, ".zst", _compress)
+        return FileOptions(
+            found.file_path,
+            found.add_date,
+            found.overwrite,
+            suffix=".zst" if found.use_zstd else "",
+            compress=_compress if found.use_zstd else None,
+            rotate_bytes=found.rotate_size or 0,
+            rotate_ns=found.rotate_ns,
+        )
 
     def encoder(self, info: OpenInfo) -> Encoder:
         """See ``FileFormat``."""

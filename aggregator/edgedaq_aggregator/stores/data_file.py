@@ -52,6 +52,8 @@ class DataFile:
         self.is_fresh = False
         self.is_checked = False
         self.is_gone = False
+        self.is_full = False
+        """Rows go on in the next file; its next mark says that it is left alone."""
         self.pins = 0
         self.last_used = 0
         self._compress = compress
@@ -64,6 +66,11 @@ class DataFile:
     def is_dirty(self) -> bool:
         """It was appended to since the last mark."""
         return self.size > self._start or self._buffered > 0
+
+    @property
+    def length(self) -> int:
+        """Bytes that it has with what is not flushed yet, that not compressed."""
+        return self.size + self._buffered
 
     @property
     def is_empty(self) -> bool:
@@ -106,7 +113,9 @@ class DataFile:
 
     def mark(self) -> FileMark:
         """Return what a commit is to record now; what follows belongs to the next one."""
-        found = FileMark(self.size, self._start, self._hash.intdigest(), self.header, self.owner)
+        found = FileMark(
+            self.size, self._start, self._hash.intdigest(), self.header, self.owner, self.is_full
+        )
         self.restart()
         self.is_checked = False
         return found

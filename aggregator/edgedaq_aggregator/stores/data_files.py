@@ -35,7 +35,7 @@ from edgedaq_aggregator.stores.file_names import PathRefusedError, numbered, res
 __all__ = ["DataFiles"]
 
 OPEN_FILES_MAX = 256
-_NUMBERS_MAX = 1000
+_NUMBERS_MAX = 4000
 _CHECK_BYTES = 1 << 22
 _REFUSALS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EILSEQ)
 
@@ -96,6 +96,7 @@ class DataFiles:
         compress: Compressor | None = None,
         owner: int = 0,
         is_ours: bool = False,
+        is_rotated: bool = False,
     ) -> DataFile:
         """Return the file that rows go to, open, and still the one that is known.
 
@@ -105,6 +106,7 @@ class DataFiles:
             header: First line of the file; other columns go to another file. Empty: none.
             owner: The stream that the file is to hold alone, replacing an older file; 0: shared.
             is_ours: The name was not asked for by a stream; only then may it be that of marks.
+            is_rotated: That the plain name is taken needs no word.
 
         Raises:
             PathRefusedError: There is no file to be had there, now or later.
@@ -122,7 +124,7 @@ class DataFiles:
         for number in range(1, _NUMBERS_MAX):
             file = self._candidate(directory, numbered(base, number, suffix), header, digest, compress)
             if file is not None:
-                if number > 1 and file.is_empty:
+                if number > 1 and file.is_empty and not is_rotated:
                     self._log.warning("file.numbered", path=file.name, reason="another holds the plain name")
                 return file
         message = f"{node}: {file_path}: all of {_NUMBERS_MAX} numbers are taken"
@@ -139,10 +141,10 @@ class DataFiles:
 
     def is_usable(self, file: DataFile) -> bool:
         """Tell whether a located file may be appended to; if not, ``locate`` finds where to go on."""
+        if file.is_gone or file.is_full:
+            return False
         if file.is_checked:
             return True
-        if file.is_gone:
-            return False
         if file.replaces is not None or self._is_known(file):
             self._clock += 1
             file.is_checked, file.last_used = True, self._clock
@@ -190,8 +192,8 @@ class DataFiles:
         path = directory / base
         name = str(path.relative_to(self._out_dir))
         file = self._open.get(name)
-        if file is not None and self.is_usable(file):
-            return file if file.header == digest and not file.owner else None
+        if file is not None and (file.is_full or self.is_usable(file)):
+            return file if file.header == digest and not file.owner and not file.is_full else None
         mark = self._marks.get(name)
         if mark is not None and (mark.sealed or mark.header != digest or mark.owner):
             return None

@@ -34,13 +34,15 @@ from edgedaq_aggregator.stores.tables import by_time, each_or_refused
 __all__ = ["Encoder", "FileBackend", "FileFormat", "FileOptions", "Piece"]
 
 _NS_PER_DAY = 86_400_000_000_000
+_NS_PER_MINUTE = 60_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class FileOptions:
     """Where rows go: what the options of every file format come down to.
 
-    ``suffix`` ends the name, ``compress`` makes one compressed frame per commit.
+    ``suffix`` ends the name, ``compress`` makes one compressed frame per commit. ``rotate_bytes`` and
+    ``rotate_ns`` say when rows go on in the next file, 0 for never.
     """
 
     file_path: str
@@ -48,6 +50,21 @@ class FileOptions:
     overwrite: bool = False
     suffix: str = ""
     compress: Compressor | None = None
+    rotate_bytes: int = 0
+    rotate_ns: int = 0
+
+    @property
+    def period_ns(self) -> int:
+        """What of time has a file of its own; 0: all of it."""
+        return self.rotate_ns or (_NS_PER_DAY if self.add_date else 0)
+
+    def prefix(self, period: int) -> str:
+        """Return what begins the name of the file of a period: its date, and the time where it rotates."""
+        if period < 0:
+            return ""
+        begin_ns = period * self.period_ns
+        hours, minutes = divmod(begin_ns % _NS_PER_DAY // _NS_PER_MINUTE, 60)
+        return utc_date(begin_ns) + (f"T{hours:02}-{minutes:02}" if self.rotate_ns else "")
 
 
 class Piece(NamedTuple):
@@ -146,11 +163,11 @@ class FileBackend:
             return []
         refused: list[Refusal] = []
         groups: Iterable[tuple[int, Sequence[Frame]]] = [(-1, frames)]
-        if held.options.add_date:
-            groups = by_time(frames, held.info.t_open_ns, _NS_PER_DAY)
-        for day, group in groups:
+        if held.options.period_ns:
+            groups = by_time(frames, held.info.t_open_ns, held.options.period_ns)
+        for period, group in groups:
             for piece in each_or_refused(held.encoder.encode, group, refused):
-                self._append(stream, held, day, piece)
+                self._append(stream, held, period, piece)
         return refused
 
     def write_mark(self, mark: Mark) -> None:
@@ -228,16 +245,17 @@ class FileBackend:
             self.write_mark(mark)
         return FileOptions(path)
 
-    def _append(self, stream: int, held: _Stream, day: int, piece: Piece) -> None:
-        file = held.files.get((day, piece.header))
+    def _append(self, stream: int, held: _Stream, period: int, piece: Piece) -> None:
+        file = held.files.get((period, piece.header))
         if file is None or not self._files.is_usable(file):
-            file = self._locate(stream, held, day, piece.header)
-            held.files[day, piece.header] = file
+            file = self._locate(stream, held, period, piece.header)
+            held.files[period, piece.header] = file
         if piece.header and file.is_empty:
             file.append([piece.header], self._storage)
         file.append(piece.buffers, self._storage)
+        file.is_full = 0 < held.options.rotate_bytes <= file.length
 
-    def _locate(self, stream: int, held: _Stream, day: int, header: bytes) -> DataFile:
+    def _locate(self, stream: int, held: _Stream, period: int, header: bytes) -> DataFile:
         if len(held.files) > 8:
             held.files.clear()
         options = held.options
@@ -245,11 +263,12 @@ class FileBackend:
             return self._files.locate(
                 held.info.node,
                 options.file_path,
-                date=utc_date(day * _NS_PER_DAY) if day >= 0 else "",
+                date=options.prefix(period),
                 suffix=options.suffix,
                 header=header,
                 compress=options.compress,
                 owner=stream if options.overwrite else 0,
+                is_rotated=options.rotate_bytes > 0,
             )
         except PathRefusedError as e:
             if options.file_path.startswith(REFUSED):

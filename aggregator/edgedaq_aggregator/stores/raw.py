@@ -37,7 +37,13 @@ class RawFormat:
     def options(self, store_config: object) -> FileOptions:
         """See ``FileFormat``."""
         found = _convert(store_config)
-        return FileOptions(found.file_path, found.add_date, found.overwrite)
+        return FileOptions(
+            found.file_path,
+            found.add_date,
+            found.overwrite,
+            rotate_bytes=found.rotate_size or 0,
+            rotate_ns=found.rotate_ns,
+        )
 
     def encoder(self, info: OpenInfo) -> Encoder:
         """See ``FileFormat``."""
