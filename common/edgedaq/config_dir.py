@@ -177,13 +177,14 @@ def _free_name(stem: str, taken: set[str]) -> str:
 
 def _check_files(files: list[JobFile]) -> None:
     """Refuse two jobs that would write one file in different ways, as far as that can be known beforehand."""
-    writers: dict[tuple[str, str, bool], tuple[JobFile, object]] = {}
+    writers: dict[tuple[object, ...], tuple[JobFile, object]] = {}
     for file in files:
         for name, key, options in _destinations(file):
             path = getattr(options, "file_path", None)
             if path is None:
                 continue
-            first, others = writers.setdefault((key, path, options.add_date), (file, options))
+            place = key, path, options.add_date, getattr(options, "table_name", "")
+            first, others = writers.setdefault(place, (file, options))
             if first is file:
                 continue
             if others != options:

@@ -245,11 +245,12 @@ def test_a_quiet_stream_is_sealed_by_time_and_a_loud_one_by_size(tmp_path: Any) 
     feed = Feed()
     feed.open(1, store.config())
     expected = feed.pairs(1, 0, 10)
-    with store.looping(tmp_path, feed, OsStorage(), cadence=Cadence(1 << 20, 1.5, at_once=False)) as (
+    with store.looping(tmp_path, feed, OsStorage(), cadence=Cadence(1 << 20, 4.0, at_once=False)) as (
         loop,
         _,
     ):
         wait_for(lambda: loop.report().get("in_count") == 10)
+        wait_for(lambda: loop.report()["files"] == 1)  # written, and not held in what was read with it
         assert loop.report()["commit_count"] == 0
         wait_for(lambda: loop.report()["commit_count"] == 1)
         assert store.read_pairs(tmp_path, "data.dat") == expected

@@ -143,6 +143,12 @@ def test_two_jobs_may_write_one_file_only_if_they_write_it_alike(config_dir):
     assert "with other options" in found["c"].problems[0]
 
 
+def test_jobs_share_a_database_with_a_table_for_each(config_dir):
+    mine = 'daq_job_type = "my.py:MyJob"\n' + CSV.format("x.sqlite").replace(".csv]", ".sqlite]")
+    found = load(config_dir, a=mine, b=mine + 'table_name = "other"\n', c=mine + "add_date = true\n")
+    assert [file.problems for file in found.values()] == [[], [], []]
+
+
 def test_a_store_that_is_named_but_absent_is_a_warning_with_file_and_section(config_dir):
     found = load(config_dir, a='daq_job_type = "my.py:MyJob"\n' + CSV.format("a.csv"))
     (warning,) = missing_stores(found.values())

@@ -253,13 +253,14 @@ class Site:
         self.agent.close()
         self.aggregator.close()
 
-    def add_store(self, name: str, job_type: str) -> None:
+    def add_store(self, name: str, job_type: str, settings: str = "") -> None:
         """Write the TOML of a store."""
-        (self.aggregator_dir / f"{name}.toml").write_text(f'daq_job_type = "{job_type}"\n{_QUICK}')
+        (self.aggregator_dir / f"{name}.toml").write_text(f'daq_job_type = "{job_type}"\n{_QUICK}{settings}')
 
-    def add_table_job(self, name: str = "table", **settings: object) -> None:
-        """Write the TOML of a witness job whose rows go to ``<name>.csv``."""
-        self._add_witness(name, "table", f'[store_config.csv]\nfile_path = "{name}.csv"\n', settings)
+    def add_table_job(self, name: str = "table", *, more_stores: str = "", **settings: object) -> None:
+        """Write the TOML of a witness job whose rows go to ``<name>.csv``, and where ``more_stores`` says."""
+        store = f'[store_config.csv]\nfile_path = "{name}.csv"\n{more_stores}'
+        self._add_witness(name, "table", store, settings)
 
     def add_raw_job(self, name: str = "raw", **settings: object) -> None:
         """Write the TOML of a witness job whose messages go to ``<name>.bin``."""

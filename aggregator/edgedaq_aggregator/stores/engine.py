@@ -133,13 +133,18 @@ class StoreEngine:
                     self._take(frame, entry.first)
             self.position = entry.last
 
+    def write_gathered(self) -> None:
+        """Give the backend what was gathered; as long as it is held, so is all that was read with it."""
+        for stream in list(self._gathered):
+            self._write(stream)
+
     def reach(self, position: int) -> None:
         """Learn that everything before ``position`` was given to ``take``, or is not for this store."""
         self.position = position
 
     def commit(self, *, is_clean: bool = False) -> Callable[[], None]:
         """Write everything gathered; return what makes it durable in any thread, before ``committed_now``."""
-        self._write_all()
+        self.write_gathered()
         accounts = []
         stored: dict[str, int] = {}
         for stream in self._changed:
@@ -319,11 +324,7 @@ class StoreEngine:
         if held.rows >= WRITE_ROWS or held.body_bytes >= WRITE_BYTES:
             self._write(stream)
         elif self._gathered_bytes >= GATHER_BYTES:
-            self._write_all()
-
-    def _write_all(self) -> None:
-        for stream in list(self._gathered):
-            self._write(stream)
+            self.write_gathered()
 
     def _write(self, stream: int) -> None:
         held = self._gathered.pop(stream)

@@ -33,6 +33,9 @@ from edgedaq_aggregator.stores.engine import StoreEngine
 __all__ = ["Cadence", "Follower", "StoreLoop"]
 
 UNCOMMITTED_BYTES_MAX = 64 << 20
+GATHER_LIMIT_S = 0.5
+"""How long rows are gathered for the backend where commits are further apart."""
+
 POSITION_ONLY_S = 1.0
 """How often a position is committed when nothing of this store came."""
 
@@ -167,7 +170,7 @@ class StoreLoop:
         """Read and commit until told to stop; raises what the backend raises."""
         under_way: Future[None] | None = None
         has_begun = False
-        begun_s = stop_s = time.monotonic()
+        begun_s = stop_s = written_s = time.monotonic()
         while True:
             entries = follower.read(READ_MS if under_way is None else READ_MS_COMMITTING)
             if not has_begun and follower.position is not None:
@@ -181,6 +184,9 @@ class StoreLoop:
             now = time.monotonic()
             if not had_changes:
                 begun_s = now
+            if now - written_s >= GATHER_LIMIT_S:
+                engine.write_gathered()
+                written_s = now
             if under_way is not None and (
                 under_way.done()
                 or engine.uncommitted_bytes >= max(UNCOMMITTED_BYTES_MAX, 2 * self._cadence.commit_bytes)

@@ -337,7 +337,8 @@ class _Encoder:
         for batch in batches:
             if not all(map(_is_plain, batch.schema.types)):
                 _try(batch)
-        return batches
+        # A lone column may be a view of what was read from the journal, which would stay in memory with it.
+        return [b.take(pa.array(range(len(b)))) if b.num_columns == 1 else b for b in batches]
 
 
 def _with_units(schema: pa.Schema, info: OpenInfo) -> pa.Schema:
