@@ -14,6 +14,7 @@ from edgedaq.errors import StoreError
 from edgedaq.frame import Kind, pack_map
 from edgedaq.storage import OsStorage, Storage
 from edgedaq_aggregator.stores.backend import Backend
+from edgedaq_aggregator.stores.commits import LOG_NAME
 from edgedaq_aggregator.stores.engine import StoreEngine
 from edgedaq_aggregator.stores.loop import Cadence
 from edgedaq_aggregator.stores.parquet import ParquetBackend
@@ -223,6 +224,23 @@ class TestStoreParquet(FileStoreContract, StorageStoreContract, ColumnStoreContr
         feed.pairs(1, 3, 3)
         self.feed_all(tmp_path, feed)
         assert [part.name for part in self.parts(tmp_path)] == ["000002.parquet"]
+
+    def test_after_damaged_commit_records_datasets_are_left_alone_and_rows_go_on_beside_them(self, tmp_path):
+        feed = Feed()
+        feed.open(1, self.config())
+        expected = feed.pairs(1, 0, 3) + feed.pairs(1, 3, 3) + feed.pairs(1, 6, 3)
+        self.feed_all(tmp_path, feed, per_commit=1)
+        log = tmp_path / "state" / LOG_NAME
+        image = bytearray(log.read_bytes())
+        salt = bytes(image[8:16])
+        second = image.find(salt, image.find(salt, 64) + 8)
+        image[second + 40] ^= 1
+        log.write_bytes(image)
+        more = feed.pairs(1, 9, 3)
+        for _ in range(2):
+            self.feed_all(tmp_path, feed)
+            assert self.read_pairs(tmp_path, "data.dat") == expected
+            assert self.read_pairs(tmp_path, "data.2.dat") == more
 
     def test_two_stores_never_write_parts_of_one_node(self, tmp_path):
         feed = Feed()
