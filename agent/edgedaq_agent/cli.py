@@ -1,4 +1,4 @@
-"""``edgedaq-agent``: run, check, status, join."""
+"""``edgedaq-agent``: run, check, status, join, tail."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from edgedaq.command_line import (
 )
 from edgedaq.keys import enrolment_path
 from edgedaq.main_config import version
+from edgedaq.tail import add_tail, run_tail
 
 from edgedaq_agent import app
 from edgedaq_agent.join import join
@@ -30,6 +31,7 @@ examples:
   edgedaq-agent status --config-dir configs/agent      in a second terminal
   edgedaq-agent status --config-dir configs/agent --watch
   edgedaq-agent join ADDRESS TOKEN --config-dir configs/agent    once, as `edgedaq-aggregator invite` says
+  edgedaq-agent tail   --config-dir configs/agent job.pc_metrics
 
 exit status: 0; 78 if a configuration must be edited; 1 for everything else
 """
@@ -55,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         ("check", _check, "find every mistake in a directory; start nothing"),
         ("status", _status, "show what a running agent does"),
         ("join", _join, "make this node's key and let an aggregator know it, by an invitation"),
+        ("tail", _tail, "print rows as jobs put them, until Ctrl-C"),
     ):
         command = commands.add_parser(
             name,
@@ -76,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
             add_lifeline(command)
         if name == "status":
             add_status(command)
+        if name == "tail":
+            add_tail(command)
     return parser
 
 
@@ -109,6 +114,14 @@ def _join(options: argparse.Namespace) -> int:
         f"edgedaq-agent run --config-dir {options.config_dir}"
     )
     return 0
+
+
+def _tail(options: argparse.Namespace) -> int:
+    return run_tail(
+        app.runtime_dir_of(options.config_dir),
+        f"edgedaq-agent run --config-dir {options.config_dir}",
+        options,
+    )
 
 
 if __name__ == "__main__":

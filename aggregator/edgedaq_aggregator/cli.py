@@ -1,4 +1,4 @@
-"""``edgedaq-aggregator``: run, check, status, nodes, invite, revoke, standalone, demo."""
+"""``edgedaq-aggregator``: run, check, status, nodes, tail, invite, revoke, standalone, demo."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from edgedaq.command_line import (
     show_status,
 )
 from edgedaq.main_config import version
+from edgedaq.tail import add_tail, run_tail
 
 from edgedaq_aggregator import app
 from edgedaq_aggregator.demo import run_demo
@@ -35,6 +36,7 @@ examples:
   edgedaq-aggregator nodes      --config-dir configs/aggregator     one line per node
   edgedaq-aggregator invite NODE --config-dir configs/aggregator    what to type on a new node
   edgedaq-aggregator revoke NODE --config-dir configs/aggregator    nobody gets in with its key any more
+  edgedaq-aggregator tail       --config-dir my_project job.hv      rows as they come
   edgedaq-aggregator standalone --config-dir my_project --out data  jobs and stores on one machine
   edgedaq-aggregator demo       --out out --seconds 20              see it work, without any hardware
 
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         ("nodes", _nodes, "show the nodes: keys, expiry, when last heard of"),
         ("invite", _invite, "let a node join within the hour; print what to type there"),
         ("revoke", _revoke, "end a node's session and let its key in no more"),
+        ("tail", _tail, "print rows as jobs of this directory put them, until Ctrl-C"),
         ("standalone", _standalone, "run jobs and stores of one directory on this machine until stopped"),
         ("demo", _demo, "run an aggregator and an agent with simulated and real data, then stop"),
     ):
@@ -85,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("node", metavar="NODE", help="its supervisor_id")
         if name == "invite":
             add_invite(command)
+        if name == "tail":
+            add_tail(command)
         if name == "standalone":
             command.add_argument("--out", type=Path, metavar="DIR", help="where files are stored (./out)")
         if name == "demo":
@@ -145,6 +150,14 @@ def _standalone(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     return run_demo(options.out, options.seconds)
+
+
+def _tail(options: argparse.Namespace) -> int:
+    return run_tail(
+        app.runtime_dir_of(options.config_dir),
+        f"edgedaq-aggregator run --config-dir {options.config_dir}",
+        options,
+    )
 
 
 if __name__ == "__main__":

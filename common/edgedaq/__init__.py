@@ -8,6 +8,7 @@ from edgedaq.messages import (
     DAQJobMessageStorePyArrow,
     DAQJobMessageStoreRaw,
     DAQJobMessageStoreTabular,
+    Loss,
 )
 from edgedaq.schema import Column, Schema
 from edgedaq.store_config import (
@@ -41,6 +42,7 @@ __all__ = [
     "DAQJobStoreConfigRedis",
     "DAQJobStoreConfigSQLite",
     "JobStopped",
+    "Loss",
     "RingOptions",
     "Schema",
     "StorableDAQJobConfig",

@@ -49,6 +49,7 @@ from edgedaq.errors import ChecksumError, WireError
 
 __all__ = [
     "DATA_KINDS",
+    "FLAGS_AT",
     "FLAG_CONTINUES",
     "FLAG_FIRST",
     "FLAG_PIECE",
@@ -75,6 +76,9 @@ messages continue."""
 FLAG_CONTINUES = 1
 FLAG_PIECE = 2
 FLAG_FIRST = 4
+
+FLAGS_AT = 13
+"""Where the flags of a frame lie, for who decides by them without reading it."""
 
 _VERSION = 1
 _MAGIC = b"EDQ" + bytes([_VERSION])

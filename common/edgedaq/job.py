@@ -30,12 +30,12 @@ among each other; data that both kinds put under the same name are two streams. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgedaq.config import DAQJobConfig
-from edgedaq.errors import ConfigError, JobError, WireError
-from edgedaq.frame import split
+from edgedaq.errors import JobError
 from edgedaq.job_context import JobContext, JobStopped
 from edgedaq.job_puts import JobPuts
 from edgedaq.logsetup import get_logger
@@ -45,14 +45,16 @@ from edgedaq.messages import (
     DAQJobMessageStorePyArrow,
     DAQJobMessageStoreRaw,
     DAQJobMessageStoreTabular,
-    MessageReader,
+    Loss,
 )
 from edgedaq.schema import Schema
 from edgedaq.store_config import DAQJobStoreConfig
 from edgedaq.table_rows import columns_to_rows
 
 if TYPE_CHECKING:
-    from edgedaq.inlet import Run
+    import zmq
+
+    from edgedaq.feeds import Feed
 
 __all__ = ["DAQJob", "JobStopped"]
 
@@ -65,8 +67,10 @@ class DAQJob:
     Attributes:
         config_type: Type of its TOML, derived from ``DAQJobConfig``.
         topics_to_subscribe: What the default ``start`` hands to ``handle_message``, without loss, of the
-            other jobs on this host; ``"store"`` covers ``store.DAQJobStoreCSV``.
-        live_topics: What it is handed as far as it keeps up. Refused until a supervisor has a broker for it.
+            other jobs on this host, and in the control room of all nodes, from the journal; ``"store"``
+            covers ``store.DAQJobStoreCSV``.
+        live_topics: What it is handed as far as it keeps up, of the other jobs on this host: for plots and
+            monitors. ``"job.hv"`` covers all that job ``hv`` puts.
         stops_itself: It watches ``stop_fd`` or ``is_stopping`` and ends by itself; nothing is raised.
         stop_fd: Readable once the job is to end.
     """
@@ -79,12 +83,6 @@ class DAQJob:
     config: Any
 
     def __init__(self, config: Any, context: JobContext) -> None:
-        if self.live_topics:
-            message = (
-                f"{type(self).__name__}: live_topics {list(self.live_topics)} have no broker here; "
-                "topics_to_subscribe gets the same data without loss"
-            )
-            raise ConfigError(message)
         self.config = config
         self.context = context
         context.stops_itself = self.stops_itself
@@ -98,14 +96,16 @@ class DAQJob:
     def start(self) -> None:
         """Do the job's work; the process ends when it returns.
 
-        The default hands what ``topics_to_subscribe`` covers to ``handle_message``, until it is stopped.
+        The default hands what ``topics_to_subscribe`` and ``live_topics`` cover to ``handle_message``, until
+        it is stopped.
 
         Raises:
-            JobError: The class has neither a ``start`` nor ``topics_to_subscribe``.
+            JobError: The class has neither a ``start`` nor any of these.
         """
-        if not self.topics_to_subscribe:
+        if not self.topics_to_subscribe and not self.live_topics:
             message = (
-                f"job {self.daq_job_unique_id}: {type(self).__name__} needs start() or topics_to_subscribe"
+                f"job {self.daq_job_unique_id}: {type(self).__name__} needs start(), topics_to_subscribe or "
+                "live_topics"
             )
             raise JobError(message)
         self._consume()
@@ -114,12 +114,23 @@ class DAQJob:
         """Take one message; when it returns, the producer may forget it.
 
         After a crash of this job, messages that it had taken shortly before may come again: ``source`` tells
-        (stream, seq).
+        (stream, seq). What came as a live topic says so: ``is_live``.
         """
         text = (
             f"job {self.daq_job_unique_id}: {type(self).__name__} needs handle_message() for {message!r:.80}"
         )
         raise JobError(text)
+
+    def handle_loss(self, loss: Loss) -> None:
+        """Take note that rows or messages of ``topics_to_subscribe`` are missing here; by default, log it."""
+        self.logger.warning(
+            "data.missed",
+            source=f"{loss.source.node}/{loss.source.job}",
+            stream=f"{loss.source.stream:016x}",
+            seq=loss.source.seq,
+            rows_count=loss.count,
+            reason=loss.reason,
+        )
 
     def on_link_message(self, message: Mapping[str, Any]) -> None:
         """Take a message of the supervisor; called by the service thread, so be quick and share with care."""
@@ -320,34 +331,39 @@ class DAQJob:
     def _consume(self) -> None:
         import zmq  # noqa: PLC0415  # jobs without subscriptions need no sockets
 
-        from edgedaq.inlet import Inlet  # noqa: PLC0415
+        from edgedaq.feeds import hand_over  # noqa: PLC0415
 
-        reader = MessageReader()
-        with Inlet(self.rings_dir, self.daq_job_unique_id, self.topics_to_subscribe) as inlet:
+        with zmq.Context() as context, ExitStack() as stack:
+            feeds = self._feeds(context)
+            for feed in feeds:
+                stack.callback(feed.close)
             while not self.is_stopping:
-                inlet.scan()
                 poller = zmq.Poller()
                 poller.register(self.stop_fd, zmq.POLLIN)
-                for socket in inlet.pollables():
-                    poller.register(socket, zmq.POLLIN)
+                for feed in feeds:
+                    for socket in feed.pollables():
+                        poller.register(socket, zmq.POLLIN)
                 poller.poll(_SCAN_MS)
                 self.beat()
-                for run in inlet.receive():
-                    self._handle_run(run, reader)
-                    if self.is_stopping:
-                        break
+                for feed in feeds:
+                    for portion in feed.receive():
+                        if self.is_stopping:
+                            break
+                        hand_over(portion, feed.reader, self)
         self.context.interrupt()
 
-    def _handle_run(self, run: Run, reader: MessageReader) -> None:
-        for frame in split(run.frames):
-            info = run.ring.open_info(frame.stream)
-            if info is None:
-                text = f"a frame of stream {frame.stream:016x}, which was never opened"
-                raise WireError(text)
-            for message in reader.read(info, frame):
-                self.handle_message(message)
-            self.context.took(frame.rows, len(frame.body))
-        run.ring.release(run.end)
+    def _feeds(self, context: zmq.Context[Any]) -> list[Feed]:
+        from edgedaq.feeds import LiveTopics, Rings, journal_feed  # noqa: PLC0415
+
+        spec, lossless = self.context.spec, list(self.topics_to_subscribe)
+        feeds: list[Feed] = []
+        if lossless:
+            feeds.append(Rings(self.rings_dir, self.daq_job_unique_id, lossless, context))
+        if lossless and "journal_feed" in spec.extra:
+            feeds.append(journal_feed(spec, lossless, context))
+        if self.live_topics:
+            feeds.append(LiveTopics(self.runtime_dir, self.live_topics, self.life, context))
+        return feeds
 
 
 def _columns_of(table: Any) -> tuple[Mapping[str, Any], tuple[str, ...]]:

@@ -114,7 +114,9 @@ class JobContext:
                         spec.node, spec.unique_id, spec.job_type, self.life, spec.boot, spec.claims
                     )
                     options = msgspec.structs.asdict(spec.ring)
-                    outlet = Outlet(self.rings_dir, identity, owner=self._main, **options)
+                    outlet = Outlet(
+                        self.rings_dir, identity, owner=self._main, live_dir=Path(spec.runtime_dir), **options
+                    )
                     outlet.gate.interrupt = self.interrupt
                     self.outlet_or_none = outlet
             os.write(self._wake_write_fd, b"\0")

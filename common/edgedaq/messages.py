@@ -23,6 +23,7 @@ __all__ = [
     "DAQJobMessageStorePyArrow",
     "DAQJobMessageStoreRaw",
     "DAQJobMessageStoreTabular",
+    "Loss",
     "MessageReader",
     "Source",
 ]
@@ -38,13 +39,29 @@ class Source(msgspec.Struct, frozen=True):
     t_first_ns: int
 
 
+class Loss(msgspec.Struct, frozen=True):
+    """Rows or messages that are missing at one place of a stream; ``count`` None: nobody knows how many.
+
+    ``source.seq`` is that of the first frame that is missing.
+    """
+
+    source: Source
+    count: int | None
+    reason: str
+
+
 class DAQJobMessage(msgspec.Struct, kw_only=True):
-    """What all messages have. ``tag`` tells streams of one job apart that are otherwise alike."""
+    """What all messages have.
+
+    ``tag`` tells streams of one job apart that are otherwise alike; ``is_live`` that it came as a live topic,
+    where others before it may have been left out.
+    """
 
     store_config: DAQJobStoreConfig | None = None
     tag: str = ""
     topics: Sequence[str] = ()
     source: Source | None = None
+    is_live: bool = False
 
 
 class DAQJobMessageStoreTabular(DAQJobMessage, kw_only=True):
@@ -81,8 +98,13 @@ class MessageReader:
     A RAW message in pieces is given when its last piece has come; one that is not completed is left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_live: bool = False) -> None:
+        self._is_live = is_live
         self._pieces: dict[int, list[bytes]] = {}
+
+    def skip(self, stream: int) -> None:
+        """Be told that frames of a stream are left out here: a message in pieces ends there."""
+        self._pieces.pop(stream, None)
 
     def read(self, info: OpenInfo, frame: Frame) -> Iterator[DAQJobMessage]:
         """Yield the messages of one frame; they do not refer to its memory.
@@ -98,6 +120,7 @@ class MessageReader:
             "tag": info.tag,
             "topics": info.topics,
             "source": source,
+            "is_live": self._is_live,
         }
         if frame.kind is Kind.RAW:
             for data in self._raw(frame, pieces):

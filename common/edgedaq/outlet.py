@@ -32,6 +32,8 @@ from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import JobError
 from edgedaq.frame import pack_map
 from edgedaq.gate import Gate, PutTimeout
+from edgedaq.live_messages import live_topics_of
+from edgedaq.live_tap import LiveTap
 from edgedaq.raw_writer import EventWriter, RawWriter
 from edgedaq.ring import Identity, ProducedRing
 from edgedaq.ring_server import RingServer
@@ -55,7 +57,8 @@ class Outlet:
         identity: Whose data it is, and which consumers hold it from birth.
         owner: The thread (``threading.get_ident()``) that puts without locks; by default the one that calls.
         versions: Told in each OPEN.
-        context: For the socket; one of its own by default.
+        context: For the sockets; one of its own by default.
+        live_dir: Runtime directory of the broker that live topics go to (``live_tap``), if there is one.
 
     Raises:
         JobError: The ring cannot be created, with the reason.
@@ -73,6 +76,7 @@ class Outlet:
         owner: int | None = None,
         versions: Mapping[str, str] | None = None,
         context: zmq.Context[Any] | None = None,
+        live_dir: Path | None = None,
     ) -> None:
         sweep_rings(rings_dir)
         self.identity = identity
@@ -90,6 +94,8 @@ class Outlet:
             raise
         self._server = RingServer(self._ring, self.gate, linger_s=linger_s, context=context)
         self._sealer = self._server.sealer
+        self._live_dir = live_dir
+        self._tap: LiveTap | None = None
         self._lanes = (
             Lane(self._sealer, self._sealer.slots[:slots]),
             Lane(self._sealer, self._sealer.slots[slots:]),
@@ -164,17 +170,25 @@ class Outlet:
 
     def pollables(self) -> list[Any]:
         """Return what to poll for reading: a descriptor and, once ``service`` was called, a socket."""
-        return self._server.pollables()
+        return [*self._server.pollables(), *([] if self._tap is None else [self._tap.socket])]
 
     def service(self, now_ns: int | None = None) -> int | None:
-        """Take what consumers say, seal what is due, tell what was published.
+        """Take what consumers say, seal what is due, tell what was published, show it to who looks.
 
         Call it whenever a pollable is ready, at the time it returns, and once a second.
 
         Returns:
             When it wants to be called at the latest (``mono_ns``); None when a pollable will tell.
         """
-        return self._server.service(mono_ns() if now_ns is None else now_ns)
+        now = mono_ns() if now_ns is None else now_ns
+        due = self._server.service(now)
+        if self._live_dir is None:
+            return due
+        if self._tap is None:
+            self._tap = LiveTap(self._live_dir, self._sealer, self.gate, self._server.context)
+        live_due = self._tap.service(now)
+        self._server.observe = self._tap.note if self._tap.is_wanted else None
+        return min((at for at in (due, live_due) if at is not None), default=None)
 
     # Counts, from any thread.
 
@@ -219,6 +233,12 @@ class Outlet:
         """A put waits for room now."""
         return self.gate.is_blocked
 
+    def live_topics(self) -> list[str]:
+        """Return under which topics what was put is shown to who looks."""
+        with self.gate.condition:
+            infos = [account.info for account in self._sealer.accounts]
+        return sorted({topic for info in infos for topic in live_topics_of(info)})
+
     def stream_rows(self) -> dict[str, int]:
         """Return rows put by stream, as 16 hex digits."""
         with self.gate.condition:
@@ -241,6 +261,8 @@ class Outlet:
         if is_alone:
             self._side_lock.release()
         self._server.tell()
+        if self._tap is not None:
+            self._tap.close()
         self._server.close()
         is_needed = self._server.has_claims or is_claimed(self._dir, self.identity.life)
         self._ring.close(unlink=not is_needed)

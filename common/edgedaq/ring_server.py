@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import zmq
@@ -30,7 +30,10 @@ _CLAIMS_EVERY_NS = 1_000_000_000
 
 
 class RingServer:
-    """Tells consumers of frames, takes their releases, and seals open frames when they are due."""
+    """Tells consumers of frames, takes their releases, and seals open frames when they are due.
+
+    ``observe`` is told (account, position, length) of each frame, with the lock held.
+    """
 
     def __init__(
         self, ring: ProducedRing, gate: Gate, *, linger_s: float, context: zmq.Context[Any] | None
@@ -47,6 +50,7 @@ class RingServer:
             self._claims.add(consumer, topics)
         self._claims_due_ns = self._sealed_ns = 0
         self._socket: zmq.Socket[bytes] | None = None
+        self.observe: Callable[[Account, int, int], None] | None = None
         self._queued: deque[tuple[int, int]] = deque()
         self.queued_rows = 0
         self._log = get_logger(job=identity.job, life=identity.life)
@@ -97,11 +101,15 @@ class RingServer:
             self._own_context.destroy(linger=0)
             self._own_context = None
 
+    @property
+    def context(self) -> zmq.Context[Any]:
+        """Where the sockets of the service thread are made."""
+        if self._context is None:
+            self._context = self._own_context = zmq.Context()
+        return self._context
+
     def _bind(self) -> None:
-        context = self._context
-        if context is None:
-            context = self._own_context = zmq.Context()
-        socket = context.socket(zmq.ROUTER)
+        socket = self.context.socket(zmq.ROUTER)
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = 0  # bounded by the ring: no region is told of twice
         socket.router_mandatory = True
@@ -206,6 +214,8 @@ class RingServer:
         self._queued.append((position + length, rows))
         self.queued_rows += rows
         self._claims.on_publish(account.stream, account.info.topics, position, length)
+        if self.observe is not None:
+            self.observe(account, position, length)
         if not self._claims.claims:
             self._release(position + length)
 

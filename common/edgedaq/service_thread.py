@@ -166,8 +166,16 @@ class ServiceThread:
             except Exception as e:  # noqa: BLE001  # code of users, and the top of a thread
                 self._log.exception("report.failed", reason=str(e))
         snapshot = self._context.snapshot(extra).to_map()
+        outlet = self._context.outlet_or_none
         with contextlib.suppress(ValueError):
-            self._context.send({"type": "report", "beats": self._context.beats, "snapshot": snapshot})
+            self._context.send(
+                {
+                    "type": "report",
+                    "beats": self._context.beats,
+                    "snapshot": snapshot,
+                    "topics": [] if outlet is None else outlet.live_topics(),
+                }
+            )
 
 
 class _Poller:

@@ -1,7 +1,8 @@
 """The supervisor: starts, watches, restarts and stops the workers of one agent or aggregator.
 
 One loop, one thread. It sleeps in ``poll`` on the workers' links, the command socket and the signals, and
-decides nothing itself: ``lifecycle`` decides what happens to a worker, ``stats`` counts what it did.
+decides nothing itself: ``lifecycle`` decides what happens to a worker, ``stats`` counts what it did. Beside
+it a thread of libzmq passes live topics on (``broker``).
 
 A stop (SIGTERM, SIGINT, SIGHUP or the command) ends the workers group by group, each group when the earlier
 one has ended: ``DEVICES``, ``UPLINK``, ``INTAKE``, ``STORES``; so what a device put is in the spool, what the
@@ -25,6 +26,7 @@ from typing import Any
 import zmq
 
 from edgedaq import lifecycle
+from edgedaq.broker import Broker
 from edgedaq.claim_files import sweep_rings
 from edgedaq.clock import boot_id, mono_ns, utc_ns
 from edgedaq.control import ControlServer
@@ -141,7 +143,11 @@ class Supervisor:
         setup = self._setup
         self._log.info("supervisor.started", role=setup.role, pid=os.getpid(), version=setup.version)
         handlers = {"status": lambda _: self.status(), "stop": self._stop_command}
-        with signal_wakeup(STOP_SIGNALS) as wakeup, zmq.Context() as context:
+        with (
+            signal_wakeup(STOP_SIGNALS) as wakeup,
+            zmq.Context() as context,
+            Broker(setup.runtime_dir),
+        ):
             control = ControlServer(setup.runtime_dir, handlers, context)
             try:
                 for worker in self._workers.values():
@@ -292,6 +298,7 @@ class Supervisor:
             "state_for_s": (now_ns - child.since_ns) / 1e9 if child.since_ns else None,
             "reason": child.reason,
             "pid": worker.pid if child.has_process else None,
+            "topics": worker.topics,
             "restart_count": report.restart_count,
             "last_restart_ns": report.last_restart_ns,
             "total": total.to_map() if total is not None else None,

@@ -35,6 +35,7 @@ UNDRAINED_RINGS_MAX = 2
 """Rings of ended lives that may wait to be read before another life of the job begins."""
 
 REASON_MAX = 500
+_TOPICS_MAX = 256
 
 LINK_GRACE_NS = 1_000_000_000
 """How long a process may live on after its link has ended; an orderly end takes a moment between the two."""
@@ -77,6 +78,7 @@ class WorkerProcess:
         self.link: Link | None = None
         self.pid = 0
         self.snapshot: Snapshot | None = None
+        self.topics: list[str] = []
         self._rings_dir = rings_dir
         self._environment = dict(environment)
         self._on_message = on_message
@@ -255,6 +257,7 @@ class WorkerProcess:
                 self.handle(lifecycle.Started())
             case "report":
                 self._take_snapshot(message)
+                self._take_topics(message.get("topics"))
                 if self.snapshot is not None:
                     self.handle(lifecycle.Report(self._has_advanced(message), self.snapshot.is_blocked))
             case "ended":
@@ -270,6 +273,11 @@ class WorkerProcess:
             self.snapshot = snapshot_from_map(message["snapshot"])
         except WireError as e:
             self._log.warning("report.rejected", reason=str(e))
+
+    def _take_topics(self, topics: Any) -> None:
+        """Note the live topics of what it has put; those of earlier lives stay known."""
+        if isinstance(topics, list) and all(isinstance(topic, str) for topic in topics):
+            self.topics = sorted({*self.topics, *topics})[:_TOPICS_MAX]
 
     def _has_advanced(self, message: dict[str, Any]) -> bool:
         held = self.snapshot

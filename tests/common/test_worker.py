@@ -263,13 +263,6 @@ def test_a_wrong_configuration_ends_with_78(tmp_path: Path, runtime_dir: Path) -
         assert w.end() == 78
 
 
-def test_live_topics_are_refused_rather_than_never_served(tmp_path: Path, runtime_dir: Path) -> None:
-    code = "    live_topics = ('stats',)"
-    with worker(tmp_path, runtime_dir, code) as job:
-        assert "live_topics ['stats'] have no broker here" in job.until("ended")["reason"]
-        assert job.end() == 78
-
-
 def test_a_job_without_anything_to_do_says_so(tmp_path: Path, runtime_dir: Path) -> None:
     with worker(tmp_path, runtime_dir, "pass") as w:
         assert w.end() == 1

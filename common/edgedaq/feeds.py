@@ -1,0 +1,145 @@
+"""What hands frames to a job that consumes: one interface over rings, the live plane, and the journal.
+
+A job polls all of its feeds and takes their portions one by one. When it is through with a portion it says
+``done``: whoever keeps that data for the job may then forget it. A feed of the journal comes from the
+aggregator's package (``journal_feed``); it is named in the worker's specification, because an agent has none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import zmq
+
+from edgedaq.delivery import gap_of
+from edgedaq.errors import WireError
+from edgedaq.frame import Frame, Kind, split
+from edgedaq.inlet import Inlet, Run
+from edgedaq.live_feed import LiveFeed, Shown
+from edgedaq.messages import Loss, MessageReader, Source
+from edgedaq.open_info import OpenInfo
+
+if TYPE_CHECKING:
+    from edgedaq.job import DAQJob
+    from edgedaq.job_context import WorkerSpec
+
+__all__ = ["JOURNAL_FEED", "Feed", "LiveTopics", "Portion", "Rings", "hand_over", "journal_feed"]
+
+JOURNAL_FEED = "edgedaq_aggregator.journal_feed:JournalFeed"
+"""The feed that jobs of an aggregator have beside those of this module."""
+
+
+class Portion(NamedTuple):
+    """Some frames, each with what the OPEN of its stream tells; ``done`` when they were handled."""
+
+    frames: Iterator[tuple[OpenInfo, Frame]]
+    done: Callable[[], None]
+
+
+class Feed(Protocol):
+    """One source of frames. Used by one thread."""
+
+    reader: MessageReader
+
+    def pollables(self) -> list[Any]:
+        """Return what to poll for reading; may change with each call of ``receive``."""
+
+    def receive(self) -> list[Portion]:
+        """Return what there is, in order; called when a pollable is ready, and every 100 ms. Never blocks."""
+
+    def close(self) -> None:
+        """End it; what was not ``done`` comes again to the next feed of the same name."""
+
+
+class Rings:
+    """The rings of this host: without loss, and again what an earlier life was not through with."""
+
+    def __init__(
+        self, rings_dir: Path, consumer: str, topics: Sequence[str], context: zmq.Context[Any]
+    ) -> None:
+        self.reader = MessageReader()
+        self._inlet = Inlet(rings_dir, consumer, topics, context=context)
+
+    def pollables(self) -> list[Any]:
+        """Return the sockets of the rings."""
+        return self._inlet.pollables()
+
+    def receive(self) -> list[Portion]:
+        """Return the runs that have arrived."""
+        self._inlet.scan()
+        return [_of_run(run) for run in self._inlet.receive()]
+
+    def close(self) -> None:
+        """Let the rings go; the claims stay."""
+        self._inlet.close()
+
+
+class LiveTopics:
+    """The live plane: as far as the job keeps up."""
+
+    def __init__(
+        self, runtime_dir: Path, topics: Sequence[str], own_life: str, context: zmq.Context[Any]
+    ) -> None:
+        self.reader = MessageReader(is_live=True)
+        self._feed = LiveFeed(runtime_dir, topics, apart_from_life=own_life, context=context)
+
+    def pollables(self) -> list[Any]:
+        """Return the socket."""
+        return self._feed.pollables()
+
+    def receive(self) -> list[Portion]:
+        """Return what has arrived."""
+        return [Portion(self._frames(shown), _forget) for shown in self._feed.receive()]
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._feed.close()
+
+    def _frames(self, shown: Shown) -> Iterator[tuple[OpenInfo, Frame]]:
+        if not shown.is_continuous:
+            self.reader.skip(shown.frames[0].stream)
+        for frame in shown.frames:
+            yield shown.info, frame
+
+
+def hand_over(portion: Portion, reader: MessageReader, job: DAQJob) -> None:
+    """Let a job handle a portion, message by message, then be done with it.
+
+    Raises:
+        WireError: A frame is not valid.
+    """
+    for info, frame in portion.frames:
+        if frame.kind is Kind.GAP:
+            source = Source(info.node, info.job, frame.stream, frame.seq, frame.t_first_ns)
+            _, count, reason = gap_of(frame)
+            job.handle_loss(Loss(source, count, reason))
+        for message in reader.read(info, frame):
+            job.handle_message(message)
+        job.context.took(frame.rows, len(frame.body))
+    portion.done()
+
+
+def journal_feed(spec: WorkerSpec, topics: Sequence[str], context: zmq.Context[Any]) -> Feed:
+    """Return the feed that the specification names."""
+    module, _, name = str(spec.extra["journal_feed"]).partition(":")
+    feed: Feed = getattr(importlib.import_module(module), name)(spec, topics, context)
+    return feed
+
+
+def _forget() -> None:
+    """What is live nobody keeps."""
+
+
+def _of_run(run: Run) -> Portion:
+    def frames() -> Iterator[tuple[OpenInfo, Frame]]:
+        for frame in split(run.frames):
+            info = run.ring.open_info(frame.stream)
+            if info is None:
+                text = f"a frame of stream {frame.stream:016x}, which was never opened"
+                raise WireError(text)
+            yield info, frame
+
+    return Portion(frames(), lambda: run.ring.release(run.end))
