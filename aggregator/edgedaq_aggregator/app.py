@@ -42,6 +42,7 @@ from edgedaq_aggregator.stats_files import Statistics
 __all__ = ["ROLE", "Aggregator", "LiveView", "load", "run", "runtime_dir_of"]
 
 ROLE = "aggregator"
+JOURNAL_FEED = "edgedaq_aggregator.journal_feed:JournalFeed"
 INTAKE_TARGET = "edgedaq_aggregator.intake:Intake"
 DEFAULT_NODE = "aggregator"
 DEFAULT_LISTEN = "tcp://127.0.0.1:7770"
@@ -109,6 +110,7 @@ def load(config_dir: Path, *, is_standalone: bool = False, out_dir: Path | None 
         state_dir=state_dir,
         out_dir=stored,
         lanes=lanes,
+        journal_feed="" if is_standalone else JOURNAL_FEED,  # no other node reaches a standalone one
         verbosity=config.verbosity,
     )
     listen = config.listen or ("" if is_standalone else DEFAULT_LISTEN)

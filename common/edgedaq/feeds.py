@@ -16,7 +16,7 @@ import zmq
 
 from edgedaq.delivery import gap_of
 from edgedaq.errors import WireError
-from edgedaq.frame import Frame, Kind, split
+from edgedaq.frame import Frame, Kind, split, unpack_map
 from edgedaq.inlet import Inlet, Run
 from edgedaq.live_feed import LiveFeed, Shown
 from edgedaq.messages import Loss, MessageReader, Source
@@ -26,10 +26,7 @@ if TYPE_CHECKING:
     from edgedaq.job import DAQJob
     from edgedaq.job_context import WorkerSpec
 
-__all__ = ["JOURNAL_FEED", "Feed", "LiveTopics", "Portion", "Rings", "hand_over", "journal_feed"]
-
-JOURNAL_FEED = "edgedaq_aggregator.journal_feed:JournalFeed"
-"""The feed that jobs of an aggregator have beside those of this module."""
+__all__ = ["Feed", "LiveTopics", "Portion", "Rings", "hand_over", "journal_feed"]
 
 
 class Portion(NamedTuple):
@@ -106,27 +103,39 @@ class LiveTopics:
 
 
 def hand_over(portion: Portion, reader: MessageReader, job: DAQJob) -> None:
-    """Let a job handle a portion, message by message, then be done with it.
-
-    Raises:
-        WireError: A frame is not valid.
-    """
+    """Let a job handle a portion, message by message, then be done with it."""
     for info, frame in portion.frames:
-        if frame.kind is Kind.GAP:
+        loss = _loss(info, frame)
+        try:
+            messages = list(reader.read(info, frame))
+        except WireError as e:  # it would be so again: it must not hold up what follows
+            messages, loss = [], (frame.rows, f"refused: {e}")
+        if loss is not None:
             source = Source(info.node, info.job, frame.stream, frame.seq, frame.t_first_ns)
-            _, count, reason = gap_of(frame)
-            job.handle_loss(Loss(source, count, reason))
-        for message in reader.read(info, frame):
+            job.handle_loss(Loss(source, *loss))
+        for message in messages:
             job.handle_message(message)
         job.context.took(frame.rows, len(frame.body))
     portion.done()
 
 
 def journal_feed(spec: WorkerSpec, topics: Sequence[str], context: zmq.Context[Any]) -> Feed:
-    """Return the feed that the specification names."""
-    module, _, name = str(spec.extra["journal_feed"]).partition(":")
+    """Return the feed that the specification names, of a package that is not imported here."""
+    module, _, name = spec.journal_feed.partition(":")
     feed: Feed = getattr(importlib.import_module(module), name)(spec, topics, context)
     return feed
+
+
+def _loss(info: OpenInfo, frame: Frame) -> tuple[int | None, str] | None:
+    """Return how much a frame says to be missing, and why."""
+    if frame.kind is Kind.GAP:
+        _, count, reason = gap_of(frame)
+        return count, reason
+    if frame.kind is Kind.CLOSE:
+        body = unpack_map(frame.body)
+        if body.get("tail_unknown"):
+            return None, f"the end of {info.job} is not known, at most {body.get('bound_s')} s of it"
+    return None
 
 
 def _forget() -> None:

@@ -337,18 +337,21 @@ class DAQJob:
             feeds = self._feeds(context)
             for feed in feeds:
                 stack.callback(feed.close)
+            has_more = False
             while not self.is_stopping:
                 poller = zmq.Poller()
                 poller.register(self.stop_fd, zmq.POLLIN)
                 for feed in feeds:
                     for socket in feed.pollables():
                         poller.register(socket, zmq.POLLIN)
-                poller.poll(_SCAN_MS)
+                poller.poll(0 if has_more else _SCAN_MS)
                 self.beat()
+                has_more = False
                 for feed in feeds:
                     for portion in feed.receive():
                         if self.is_stopping:
                             break
+                        has_more = True
                         hand_over(portion, feed.reader, self)
         self.context.interrupt()
 
@@ -359,7 +362,7 @@ class DAQJob:
         feeds: list[Feed] = []
         if lossless:
             feeds.append(Rings(self.rings_dir, self.daq_job_unique_id, lossless, context))
-        if lossless and "journal_feed" in spec.extra:
+        if lossless and spec.journal_feed:
             feeds.append(journal_feed(spec, lossless, context))
         if self.live_topics:
             feeds.append(LiveTopics(self.runtime_dir, self.live_topics, self.life, context))

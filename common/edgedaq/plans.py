@@ -37,6 +37,7 @@ class Place:
 
     Args:
         lanes: Of the uplink; none where there is no uplink.
+        journal_feed: What hands the data of other nodes to jobs, in a control room.
     """
 
     node: str
@@ -45,6 +46,7 @@ class Place:
     state_dir: Path
     out_dir: Path
     lanes: Sequence[LaneSpec] = ()
+    journal_feed: str = ""
     verbosity: str = "INFO"
 
     def spec(
@@ -73,7 +75,7 @@ class Place:
             verbosity=verbosity,
             claims={lane.claim: list(lane.topics) for lane in self.lanes},
             ring=msgspec.to_builtins(ring),
-            extra={},
+            journal_feed=self.journal_feed,
         )
         return dict(msgspec.to_builtins(spec))
 

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.journal_client import JournalFollower
 from edgedaq_aggregator.journal_messages import Position, Register, Tail, encode, socket_address
 
+from tests.aggregator.serving import serving
 from tests.common.log_model import SEGMENT_BYTES, QuickStorage, frames_in, open_of, raw_of
 
 
@@ -48,28 +48,6 @@ def follow(tmp_path, runtime_dir, context) -> Callable[..., JournalFollower]:
         return JournalFollower(tmp_path / "journal", runtime_dir, store, start, context=context, **options)
 
     return follower
-
-
-@contextmanager
-def _serving(journal: Journal) -> Iterator[None]:
-    """Serve in a thread, as the intake does in its loop; the test appends only before or after."""
-    stop = threading.Event()
-
-    def serve() -> None:
-        poller = zmq.Poller()
-        for one in journal.pollables():
-            poller.register(one, zmq.POLLIN)
-        while not stop.is_set():
-            poller.poll(5)
-            journal.service(time.monotonic_ns())
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _until(claim: Callable[[], object], limit_s: float = 10.0) -> None:
@@ -99,7 +77,7 @@ def _frames(count: int, stream: int = 1, body_bytes: int = 500) -> list[Any]:
 def test_a_follower_gets_what_is_durable_in_order_and_its_position_is_kept(make, follow, tmp_path):
     with make() as journal, follow() as follower:
         journal.append(_frames(60))
-        with _serving(journal):
+        with serving(journal):
             found = _read(follower, 60)
             assert [frame.seq for frame in frames_in(found)] == list(range(60))
             assert follower.position == follower.tail == journal.durable
@@ -109,7 +87,7 @@ def test_a_follower_gets_what_is_durable_in_order_and_its_position_is_kept(make,
     assert json.loads((tmp_path / "journal" / "stores.json").read_text()) == {
         "stores": {"csv": found[29].end}
     }
-    with make() as journal, follow(start=None) as follower, _serving(journal):
+    with make() as journal, follow(start=None) as follower, serving(journal):
         assert [frame.seq for frame in frames_in(_read(follower, 30))] == list(range(30, 60))
 
 
@@ -123,11 +101,11 @@ def test_nothing_is_told_before_it_is_durable(make, follow):
     Slow.gate.set()
     with make(storage=Slow()) as journal, follow() as follower:
         journal.append(_frames(2))
-        with _serving(journal):
+        with serving(journal):
             _read(follower, 2)
         Slow.gate.clear()
         journal.append([raw_of(1, 2)])
-        with _serving(journal):
+        with serving(journal):
             assert follower.read(100) == []
             Slow.gate.set()
             assert [frame.seq for frame in frames_in(_read(follower, 1))] == [2]
@@ -136,7 +114,7 @@ def test_nothing_is_told_before_it_is_durable(make, follow):
 def test_a_new_store_begins_with_what_is_retained_or_with_what_comes(make, follow):
     with make() as journal:
         journal.append(_frames(5))
-        with _serving(journal), follow("early") as early:
+        with serving(journal), follow("early") as early:
             assert len(_read(early, 5)) == 5
             with follow("late", from_begin=False) as late:
                 _until(lambda: late.read(10) == [] and late.position is not None)
@@ -148,14 +126,14 @@ def test_segments_wait_for_every_registered_store_and_go_when_it_is_forgotten(ma
     with make(stores=["csv", "slow"]) as journal:
         journal.append(_frames(200))
         begin = journal.begin
-        with _serving(journal), follow("csv") as follower:
+        with serving(journal), follow("csv") as follower:
             found = _read(follower, 200)
             follower.report(found[-1].end)
             _until(lambda: not follower.read(10) and journal.stores["csv"] == found[-1].end)
             time.sleep(1.2)
             assert journal.begin == begin
         journal.forget("slow")
-        with _serving(journal):
+        with serving(journal):
             _until(lambda: journal.begin > begin)
 
 
@@ -168,6 +146,7 @@ from pathlib import Path
 import zmq
 from edgedaq.clock import mono_ns
 from edgedaq_aggregator.journal import Journal
+from tests.aggregator.serving import serving
 from tests.common.log_model import open_of, raw_of
 stream = int(sys.argv[2])
 journal = Journal(Path(sys.argv[1]), Path(sys.argv[3]), limit_bytes=16 << 20,
@@ -221,13 +200,13 @@ def test_a_follower_outlives_the_journal_s_process(make, follow):
     with follow() as follower:
         with make() as journal:
             journal.append(_frames(3))
-            with _serving(journal):
+            with serving(journal):
                 found = _read(follower, 3)
                 follower.report(found[1].end)
                 follower.read(20)
         with make() as journal:
             journal.append([raw_of(1, seq) for seq in range(3, 6)])
-            with _serving(journal):
+            with serving(journal):
                 assert [frame.seq for frame in frames_in(_read(follower, 3))] == [3, 4, 5]
                 follower.report(follower.position)
                 _until(lambda: not follower.read(10) and journal.stores["csv"] == journal.durable)
@@ -236,13 +215,13 @@ def test_a_follower_outlives_the_journal_s_process(make, follow):
 def test_a_follower_of_a_journal_that_was_replaced_begins_anew_and_is_told(make, follow, tmp_path):
     with make() as journal:
         journal.append(_frames(50))
-        with _serving(journal), follow() as follower:
+        with serving(journal), follow() as follower:
             found = _read(follower, 50)
     for path in (tmp_path / "journal").iterdir():
         path.unlink()
     with make() as journal, follow(start=found[-1].end) as follower:
         journal.append(_frames(3, stream=2))
-        with _serving(journal):
+        with serving(journal):
             entries = _read(follower, 4)
         assert isinstance(entries[0], Hole)
         assert entries[0].reason == "trimmed"
@@ -252,7 +231,7 @@ def test_a_follower_of_a_journal_that_was_replaced_begins_anew_and_is_told(make,
 def test_streams_that_a_store_does_not_want_are_passed_over_but_for_their_open(make, follow):
     with make() as journal, follow(wants=lambda stream: stream == 2) as follower:
         journal.append([*_frames(100, stream=1, body_bytes=50), *_frames(3, stream=2)])
-        with _serving(journal):
+        with serving(journal):
             found = frames_in(_read(follower, 4))
             _until(lambda: follower.read(10) == [] and follower.position == journal.durable)
     assert [(frame.stream, frame.kind) for frame in found] == [
@@ -278,7 +257,7 @@ def test_what_is_no_message_of_a_follower_is_refused_and_harms_nobody(make, foll
         ):
             hostile.send_multipart(parts)
         journal.append(_frames(2))
-        with _serving(journal):
+        with serving(journal):
             assert len(_read(follower, 2)) == 2
         assert set(journal.stores) == {"csv"}
 
@@ -289,7 +268,7 @@ def test_a_position_beyond_what_is_durable_is_not_believed(make, context, runtim
         liar.connect(socket_address(runtime_dir))
         journal.append(_frames(100))
         _until(lambda: journal.durable == journal.end)
-        with _serving(journal):
+        with serving(journal):
             liar.send(encode(Register("csv", journal.end + 1000)))
             assert liar.poll(5000)
             liar.send(encode(Position("csv", journal.end + 1000)))
@@ -321,6 +300,7 @@ import sys, time
 from pathlib import Path
 import zmq
 from edgedaq_aggregator.journal import Journal
+from tests.aggregator.serving import serving
 from tests.common.log_model import SEGMENT_BYTES, open_of, raw_of
 journal = Journal(Path(sys.argv[1]), Path(sys.argv[2]), limit_bytes=1 << 24, segment_bytes=SEGMENT_BYTES)
 poller = zmq.Poller()
