@@ -5,10 +5,10 @@ from edgedaq.job import DAQJob, JobStopped
 from edgedaq.messages import (
     DAQJobMessage,
     DAQJobMessageEvent,
+    DAQJobMessageGap,
     DAQJobMessageStorePyArrow,
     DAQJobMessageStoreRaw,
     DAQJobMessageStoreTabular,
-    Loss,
 )
 from edgedaq.schema import Column, Schema
 from edgedaq.store_config import (
@@ -29,6 +29,7 @@ __all__ = [
     "DAQJobConfig",
     "DAQJobMessage",
     "DAQJobMessageEvent",
+    "DAQJobMessageGap",
     "DAQJobMessageStorePyArrow",
     "DAQJobMessageStoreRaw",
     "DAQJobMessageStoreTabular",
@@ -42,7 +43,6 @@ __all__ = [
     "DAQJobStoreConfigRedis",
     "DAQJobStoreConfigSQLite",
     "JobStopped",
-    "Loss",
     "RingOptions",
     "Schema",
     "StorableDAQJobConfig",

@@ -19,7 +19,7 @@ from edgedaq.errors import WireError
 from edgedaq.frame import Frame, Kind, split, unpack_map
 from edgedaq.inlet import Inlet, Run
 from edgedaq.live_feed import LiveFeed, Shown
-from edgedaq.messages import Loss, MessageReader, Source
+from edgedaq.messages import DAQJobMessageGap, MessageReader, Source
 from edgedaq.open_info import OpenInfo
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class LiveTopics:
 
     def _frames(self, shown: Shown) -> Iterator[tuple[OpenInfo, Frame]]:
         if not shown.is_continuous:
-            self.reader.skip(shown.frames[0].stream)
+            self.reader.forget(shown.frames[0].stream)
         for frame in shown.frames:
             yield shown.info, frame
 
@@ -105,14 +105,20 @@ class LiveTopics:
 def hand_over(portion: Portion, reader: MessageReader, job: DAQJob) -> None:
     """Let a job handle a portion, message by message, then be done with it."""
     for info, frame in portion.frames:
-        loss = _loss(info, frame)
         try:
+            gap = _gap(info, frame)
             messages = list(reader.read(info, frame))
         except WireError as e:  # it would be so again: it must not hold up what follows
-            messages, loss = [], (frame.rows, f"refused: {e}")
-        if loss is not None:
+            messages, gap = [], (frame.seq, frame.rows, f"refused: {e}")
+        if gap is not None:
+            reader.forget(frame.stream)
+            last, rows, reason = gap
             source = Source(info.node, info.job, frame.stream, frame.seq, frame.t_first_ns)
-            job.handle_loss(Loss(source, *loss))
+            job.handle_gap(
+                DAQJobMessageGap(
+                    tag=info.tag, topics=info.topics, source=source, last=last, rows=rows, reason=reason
+                )
+            )
         for message in messages:
             job.handle_message(message)
         job.context.took(frame.rows, len(frame.body))
@@ -126,15 +132,15 @@ def journal_feed(spec: WorkerSpec, topics: Sequence[str], context: zmq.Context[A
     return feed
 
 
-def _loss(info: OpenInfo, frame: Frame) -> tuple[int | None, str] | None:
-    """Return how much a frame says to be missing, and why."""
+def _gap(info: OpenInfo, frame: Frame) -> tuple[int, int | None, str] | None:
+    """Return what a frame says to be missing: up to which seq, how much, why."""
     if frame.kind is Kind.GAP:
-        _, count, reason = gap_of(frame)
-        return count, reason
+        return gap_of(frame)
     if frame.kind is Kind.CLOSE:
         body = unpack_map(frame.body)
         if body.get("tail_unknown"):
-            return None, f"the end of {info.job} is not known, at most {body.get('bound_s')} s of it"
+            reason = f"the end of {info.job} is not known, at most {body.get('bound_s')} s of it"
+            return frame.seq, None, reason
     return None
 
 

@@ -42,10 +42,10 @@ from edgedaq.logsetup import get_logger
 from edgedaq.messages import (
     DAQJobMessage,
     DAQJobMessageEvent,
+    DAQJobMessageGap,
     DAQJobMessageStorePyArrow,
     DAQJobMessageStoreRaw,
     DAQJobMessageStoreTabular,
-    Loss,
 )
 from edgedaq.schema import Schema
 from edgedaq.store_config import DAQJobStoreConfig
@@ -121,15 +121,14 @@ class DAQJob:
         )
         raise JobError(text)
 
-    def handle_loss(self, loss: Loss) -> None:
-        """Take note that rows or messages of ``topics_to_subscribe`` are missing here; by default, log it."""
+    def handle_gap(self, gap: DAQJobMessageGap) -> None:
+        """Take note of messages of ``topics_to_subscribe`` that do not come; by default, log it."""
+        source = gap.source
         self.logger.warning(
-            "data.missed",
-            source=f"{loss.source.node}/{loss.source.job}",
-            stream=f"{loss.source.stream:016x}",
-            seq=loss.source.seq,
-            rows_count=loss.count,
-            reason=loss.reason,
+            "input.missed",
+            source="" if source is None else f"{source.node}/{source.job}",
+            rows=gap.rows,
+            reason=gap.reason,
         )
 
     def on_link_message(self, message: Mapping[str, Any]) -> None:

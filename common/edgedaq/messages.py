@@ -20,10 +20,10 @@ from edgedaq.store_config import DAQJobStoreConfig
 __all__ = [
     "DAQJobMessage",
     "DAQJobMessageEvent",
+    "DAQJobMessageGap",
     "DAQJobMessageStorePyArrow",
     "DAQJobMessageStoreRaw",
     "DAQJobMessageStoreTabular",
-    "Loss",
     "MessageReader",
     "Source",
 ]
@@ -37,17 +37,6 @@ class Source(msgspec.Struct, frozen=True):
     stream: int
     seq: int
     t_first_ns: int
-
-
-class Loss(msgspec.Struct, frozen=True):
-    """Rows or messages that are missing at one place of a stream; ``count`` None: nobody knows how many.
-
-    ``source.seq`` is that of the first frame that is missing.
-    """
-
-    source: Source
-    count: int | None
-    reason: str
 
 
 class DAQJobMessage(msgspec.Struct, kw_only=True):
@@ -92,6 +81,17 @@ class DAQJobMessageEvent(DAQJobMessage, kw_only=True):
     data: Any = b""
 
 
+class DAQJobMessageGap(DAQJobMessage, kw_only=True):
+    """Messages that a consumer does not get, from ``source.seq`` to ``last``; see ``DAQJob.handle_gap``.
+
+    ``rows`` counts rows of tables and messages of the rest; it is None when nobody knows.
+    """
+
+    last: int
+    rows: int | None
+    reason: str
+
+
 class MessageReader:
     """Turns frames of any number of streams back into messages, in order.
 
@@ -102,8 +102,8 @@ class MessageReader:
         self._is_live = is_live
         self._pieces: dict[int, list[bytes]] = {}
 
-    def skip(self, stream: int) -> None:
-        """Be told that frames of a stream are left out here: a message in pieces ends there."""
+    def forget(self, stream: int) -> None:
+        """Leave out the message of a stream that is not complete: something of it does not come."""
         self._pieces.pop(stream, None)
 
     def read(self, info: OpenInfo, frame: Frame) -> Iterator[DAQJobMessage]:

@@ -127,7 +127,7 @@ class Tail:
         topics = live_topics_of(shown.info)
         self._silent -= {held for held in self._silent if any(matches(held, topic) for topic in topics)}
         if not shown.is_continuous:
-            self._reader.skip(shown.frames[0].stream)
+            self._reader.forget(shown.frames[0].stream)
         self._missed_rows += shown.missed_rows
         count, texts = 0, []
         for frame in shown.frames:

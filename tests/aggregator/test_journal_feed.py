@@ -245,9 +245,9 @@ class Watch(DAQJob):
         with open(self.config.daq_job_unique_id + ".seen", "a") as file:
             for row in message.data:
                 file.write(f"{message.source.node} {message.source.stream} {row[1]}\\n")
-    def handle_loss(self, loss):
-        with open("losses", "a") as file:
-            file.write(f"{loss}\\n")
+    def handle_gap(self, gap):
+        with open("gaps", "a") as file:
+            file.write(f"{gap}\\n")
 """
 
 
@@ -298,6 +298,6 @@ def test_a_job_of_the_control_room_sees_every_row_of_a_node_through_kills(tmp_pa
         )
         for numbers in rows_seen(seen).values():
             assert numbers == list(range(len(numbers)))
-        assert not (tmp_path / "losses").exists()
+        assert not (tmp_path / "gaps").exists()
         site.agent.stop()
         site.aggregator.stop()

@@ -125,7 +125,7 @@ class Looker:
             for shown in self.feed.receive():
                 self.missed_rows += shown.missed_rows
                 if not shown.is_continuous:
-                    self.reader.skip(shown.frames[0].stream)
+                    self.reader.forget(shown.frames[0].stream)
                 for frame in shown.frames:
                     self.messages += self.reader.read(shown.info, frame)
 
