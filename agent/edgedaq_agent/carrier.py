@@ -26,6 +26,7 @@ from edgedaq.transport import PART_BYTES, PART_BYTES_MIN
 from edgedaq_agent.dialling import Dialling
 from edgedaq_agent.lane_carrier import LaneCarrier
 from edgedaq_agent.link_window import LinkWindow
+from edgedaq_agent.live_relay import LiveRelay
 from edgedaq_agent.session import LaneMessage, Session
 
 __all__ = ["Carrier"]
@@ -105,6 +106,7 @@ class Carrier:
                 for number, spec in enumerate(lanes)
             ]
             self._session = self._stack.enter_context(Session(dialling, hello, context))
+            self._live = self._stack.enter_context(LiveRelay(rings_dir.parent, context))
             self._stack = self._stack.pop_all()
         self._credit = [0] * len(self._lanes)
         self._turns = [0.0] * len(self._lanes)
@@ -156,6 +158,8 @@ class Carrier:
             if reason:
                 self._session.end("spool", reason, now_ns)
         self._send(now_ns)
+        if not self._wants_room:
+            self._live.serve(self._session, now_ns)
         if now_ns >= self._save_ns:
             self._save_ns = now_ns + _SAVE_NS
             for lane in self._lanes:
@@ -176,7 +180,7 @@ class Carrier:
 
     def _poll(self, stop_fd: int | None) -> None:
         wanted = [item for lane in self._lanes for item in lane.pollables()]
-        wanted += self._session.pollables()
+        wanted += [*self._session.pollables(), *self._live.pollables()]
         if stop_fd is not None:
             wanted.append(stop_fd)
         if wanted != self._polled:

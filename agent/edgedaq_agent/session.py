@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import random
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ from edgedaq.session_messages import (
     Bye,
     FromIntake,
     Hello,
+    Live,
     Lives,
     Ping,
     Pong,
@@ -36,6 +38,7 @@ from edgedaq.session_messages import (
     Reject,
     Report,
     Resend,
+    Subscribe,
     Unknown,
     Welcome,
     decode_from_intake,
@@ -84,6 +87,8 @@ class Session:
         """Position up to which each lane may send before the first ACK."""
         self.sent: list[int] = []
         """Position up to which each lane has sent in this session, kept by the owner; told with each PING."""
+        self.live_topics: Sequence[str] = ()
+        """What the control room looks at."""
         self._dialling = dialling
         self._has_keys = False
         self._hello = hello
@@ -158,7 +163,7 @@ class Session:
             return False
         return True
 
-    def send(self, message: Hello | Ping | Report | Lives | Bye) -> bool:
+    def send(self, message: Hello | Ping | Report | Live | Lives | Bye) -> bool:
         """Send a control message; False when the socket takes no more now."""
         if self._socket is None:
             return False
@@ -229,6 +234,8 @@ class Session:
             case Bye():
                 retry_after_s = 5.0 if message.code == "displaced" else 0.0
                 self._lose(f"ended by the aggregator ({message.code}): {message.text}", now_ns, retry_after_s)
+            case Subscribe():
+                self.live_topics = tuple(message.topics)
             case Pong():
                 is_first = self._clock.best(now_ns) is None
                 self._clock.add(message, now_ns, utc_ns())
@@ -300,6 +307,7 @@ class Session:
         self.state = SessionState.WAITING
         self.reason = reason
         self.credit = 0
+        self.live_topics = ()
         self._due_ns = now_ns + int(wait_s * 1e9)
 
     def _close_socket(self) -> None:

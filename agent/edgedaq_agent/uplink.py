@@ -80,6 +80,7 @@ class Uplink(DAQJob):
             boot=spec.boot[:64],
             instance=os.urandom(8).hex(),
             lanes=[lane.name for lane in config.lanes],
+            features=["live"],
         )
         enrolment = Path(config.enrolment) if config.enrolment else None
         with Carrier(

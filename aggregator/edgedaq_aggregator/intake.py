@@ -24,6 +24,7 @@ from edgedaq.transport import check_address
 from edgedaq_aggregator.authority import NodesFile
 from edgedaq_aggregator.gatekeeper import Gatekeeper
 from edgedaq_aggregator.journal import Journal
+from edgedaq_aggregator.live_relay import LiveRelay
 from edgedaq_aggregator.reception import Reception
 from edgedaq_aggregator.refusals import Refusals
 
@@ -91,6 +92,8 @@ class Intake(DAQJob):
                 gatekeeper = Gatekeeper(nodes_file, keys, own, refusals, context)
                 stack.callback(gatekeeper.close)
             journal = stack.enter_context(self._journal(context))
+            live = LiveRelay(self.runtime_dir, context)
+            stack.callback(live.close)
             reception = Reception(
                 config.listen,
                 journal,
@@ -101,6 +104,7 @@ class Intake(DAQJob):
                 context=context,
                 take_report=self._forward,
                 take_rows=self.context.took,
+                live=live,
             )
             self._reception = reception
             stack.callback(reception.close)

@@ -25,12 +25,14 @@ from edgedaq.session_messages import (
     Hello,
     Join,
     Joined,
+    Live,
     Lives,
     Ping,
     Pong,
     Reject,
     Report,
     Resend,
+    Subscribe,
     Welcome,
     decode_from_uplink,
     encode_message,
@@ -38,6 +40,7 @@ from edgedaq.session_messages import (
 from edgedaq.transport import MAX_PART_BYTES, SILENCE_LIMIT_S
 
 from edgedaq_aggregator.gatekeeper import Gatekeeper
+from edgedaq_aggregator.live_relay import LiveRelay
 from edgedaq_aggregator.nodes import NODES_MAX, NodeCounts
 from edgedaq_aggregator.refusals import GARBAGE, STRAY, Refusals
 from edgedaq_aggregator.router import Received, Router
@@ -58,6 +61,7 @@ class Peers:
         gatekeeper: Knows the keys; None where sessions have none.
         take_report: Called with the report of a node.
         take_lives: Called with what a node says of the lives that it still has something of.
+        live: Says what to ask of the nodes' live topics, and shows it.
     """
 
     def __init__(
@@ -70,7 +74,9 @@ class Peers:
         window_bytes: int,
         take_report: Callable[[dict[str, Any]], object],
         take_lives: Callable[[Session, Lives], object],
+        live: LiveRelay | None = None,
     ) -> None:
+        self._live = live
         self.sessions = Sessions()
         self.nodes: dict[str, NodeCounts] = {}
         self._router = router
@@ -118,6 +124,9 @@ class Peers:
                     self._log.warning("report.rejected", node=session.node, reason="it names another node")
             case Lives():
                 self._take_lives(session, message)
+            case Live():
+                if self._live is not None:
+                    self._live.show(session.node, message, session.topics)
             case Bye():
                 self._say(
                     "info", "session.ended", node=session.node, reason=f"{message.code}: {message.text}"
@@ -170,6 +179,15 @@ class Peers:
                 session.outbox.popleft()
             for lane in session.lanes:
                 self.send_ack(session, lane)
+            self._ask_for_live(session)
+
+    def _ask_for_live(self, session: Session) -> None:
+        """Tell a session what somebody looks at of its node, if that has changed."""
+        if self._live is None or "live" not in session.features:
+            return
+        topics = self._live.wanted(session.node)
+        if topics != session.live_topics and self.send(session, Subscribe(topics=list(topics)), keep=False):
+            session.live_topics = topics
 
     def end(self, session: Session, code: str, text: str) -> None:
         """End a session, and say why."""
@@ -252,6 +270,7 @@ class Peers:
             now_ns,
             key=received.key,
             connection=received.connection(),
+            features=hello.features,
         )
         if self._gatekeeper is not None:
             session.topics = self._gatekeeper.standing(session.key).topics

@@ -31,6 +31,7 @@ from edgedaq_aggregator.gatekeeper import Gatekeeper
 from edgedaq_aggregator.intake_report import journal_facts, security_facts, stream_accounts
 from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.judging import Judged, Problem, StreamOwners, judge_part
+from edgedaq_aggregator.live_relay import LiveRelay
 from edgedaq_aggregator.orphans import closing_frames
 from edgedaq_aggregator.peers import Peers
 from edgedaq_aggregator.refusals import Refusals
@@ -56,6 +57,7 @@ class Reception:
         gatekeeper: Lets nodes in by their keys, and outlives it; None: there are no keys.
         take_report: Called with the report of a node.
         take_rows: Called with how many rows and bytes were accepted.
+        live: For the nodes' live topics; outlives it.
 
     Must be closed.
 
@@ -76,6 +78,7 @@ class Reception:
         take_report: Callable[[dict[str, Any]], object],
         take_rows: Callable[[int, int], object],
         window_bytes: int = WINDOW_BYTES,
+        live: LiveRelay | None = None,
     ) -> None:
         self._address = address
         self._journal = journal
@@ -104,6 +107,7 @@ class Reception:
             window_bytes=window_bytes,
             take_report=take_report,
             take_lives=self._take_lives,
+            live=live,
         )
         self._poller = zmq.Poller()
         for item in (self._router.socket, self._router.monitor, *journal.pollables()):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -161,6 +162,9 @@ class Session:
     connection: Connection | None = None
     topics: tuple[str, ...] | None = None
     """What it may send; None: everything."""
+    features: Sequence[str] = ()
+    live_topics: Sequence[str] = ()
+    """What was asked for of the node's live plane."""
     outbox: deque[bytes] = field(default_factory=deque)
     """Control messages that the peer did not take yet."""
 

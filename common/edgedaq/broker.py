@@ -24,9 +24,10 @@ import zmq
 from edgedaq.live_messages import LIVE_BYTES_MAX, LIVE_QUEUE, looking_address, publishing_address
 from edgedaq.logsetup import get_logger
 
-__all__ = ["Broker"]
+__all__ = ["Broker", "Subscriptions"]
 
 _SUBSCRIPTION_BYTES_MAX = 4096
+_SUBSCRIPTIONS_MAX = 4096
 
 
 class Broker:
@@ -83,3 +84,26 @@ class Broker:
         finally:
             publishers.close()
             listeners.close()
+
+
+class Subscriptions:
+    """What listeners want, as a publisher's XPUB socket is told it. Reads nothing else from the socket."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self.held: set[bytes] = set()
+        self._socket = socket
+
+    def take(self) -> bool:
+        """Take in what has changed, without waiting; tell whether anything has."""
+        before = self.held
+        for _ in range(_SUBSCRIPTIONS_MAX):
+            try:
+                told = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            # 1: from now on; 0: no more; anything else some listener has made up.
+            if told[:1] == b"\1" and len(self.held) < _SUBSCRIPTIONS_MAX:
+                self.held = self.held | {told[1:]}
+            elif told[:1] == b"\0":
+                self.held = self.held - {told[1:]}
+        return self.held is not before

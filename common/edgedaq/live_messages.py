@@ -16,6 +16,8 @@ So each message explains itself, whatever was dropped before it. A subscription 
 at its end, or nothing for everything: ZMQ compares the first bytes, and because of the dots ``node1`` never
 matches ``node10``. Beside the topics that a job has put a stream under, each has ``job.<unique id>``.
 
+In the control room a topic of a node has its name before it: ``node.n1.store.X``.
+
 A stream with several topics is sent once for each that somebody asked for; who has asked for several tells
 by (stream, seq). Nothing here is acknowledged or sent again: what finds a queue full is gone.
 """
@@ -34,12 +36,14 @@ from edgedaq.open_info import OpenInfo, decode_open
 __all__ = [
     "LIVE_BYTES_MAX",
     "LIVE_QUEUE",
+    "NODE_TOPIC",
     "LivePart",
     "covering_topics",
     "decode_live",
     "job_topic",
     "live_topics_of",
     "looking_address",
+    "node_topic",
     "publishing_address",
     "subscription",
 ]
@@ -49,6 +53,10 @@ LIVE_BYTES_MAX = MAX_FRAME_BYTES + (256 << 10)
 
 LIVE_QUEUE = 16
 """Messages that wait at each end of a way; each has at most 256 KiB or one frame, so this bounds bytes."""
+
+
+NODE_TOPIC = "node"
+"""Below it are, in the control room, the live topics of nodes."""
 
 
 class LivePart(NamedTuple):
@@ -72,6 +80,11 @@ def looking_address(runtime_dir: Path) -> str:
 def job_topic(unique_id: str) -> str:
     """Return the live topic that has all that a job puts."""
     return f"job.{unique_id}"
+
+
+def node_topic(node: str, topic: str) -> str:
+    """Return what a live topic of a node is called in the control room; of ``""``: all of the node."""
+    return ".".join([NODE_TOPIC, node, topic] if topic else [NODE_TOPIC, node])
 
 
 def live_topics_of(info: OpenInfo) -> tuple[str, ...]:

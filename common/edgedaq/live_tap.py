@@ -17,6 +17,7 @@ from typing import Any
 
 import zmq
 
+from edgedaq.broker import Subscriptions
 from edgedaq.clock import mono_ns
 from edgedaq.frame import FLAG_FIRST, FLAG_PIECE, FLAGS_AT
 from edgedaq.gate import Gate
@@ -30,7 +31,6 @@ GATHER_NS = 25_000_000
 GATHER_BYTES = 256 << 10
 BYTES_PER_S = 32 << 20
 BURST_BYTES = 4 << 20
-_SUBSCRIPTIONS_MAX = 4096
 _SUBSCRIPTION_BYTES_MAX = 4096
 _LINGER_MS = 100
 
@@ -41,7 +41,6 @@ class LiveTap:
     def __init__(self, runtime_dir: Path, sealer: Sealer, gate: Gate, context: zmq.Context[Any]) -> None:
         self._sealer = sealer
         self._gate = gate
-        self._subscriptions: set[bytes] = set()
         self._wanted: dict[int, list[bytes]] = {}
         self._noted: dict[int, tuple[Account, list[list[int]]]] = {}
         self._noted_bytes = 0
@@ -56,18 +55,21 @@ class LiveTap:
         self.socket.reconnect_ivl = 100
         self.socket.reconnect_ivl_max = 2000
         self.socket.connect(publishing_address(runtime_dir))
+        self._subscriptions = Subscriptions(self.socket)
 
     @property
     def is_wanted(self) -> bool:
         """Somebody has subscribed to something, of this job or of another one."""
-        return bool(self._subscriptions)
+        return bool(self._subscriptions.held)
 
     def note(self, account: Account, position: int, length: int) -> None:
         """Remember a frame that was published, if it is wanted and within the budget."""
         stream = account.stream
         wanted = self._wanted.get(stream)
         if wanted is None:
-            wanted = self._wanted[stream] = covering_topics(live_topics_of(account.info), self._subscriptions)
+            wanted = self._wanted[stream] = covering_topics(
+                live_topics_of(account.info), self._subscriptions.held
+            )
         if not wanted or not self._affords(account, position, length):
             return
         spans = self._noted.setdefault(stream, (account, []))[1]
@@ -99,17 +101,8 @@ class LiveTap:
         self.socket.close()
 
     def _listen(self) -> None:
-        for _ in range(_SUBSCRIPTIONS_MAX):
-            try:
-                told = self.socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        if self._subscriptions.take():
             with self._gate.condition:
-                # What is neither 1 (from now on) nor 0 (no more) some listener has made up.
-                if told[:1] == b"\1" and len(self._subscriptions) < _SUBSCRIPTIONS_MAX:
-                    self._subscriptions.add(told[1:])
-                elif told[:1] == b"\0":
-                    self._subscriptions.discard(told[1:])
                 self._wanted.clear()
 
     def _affords(self, account: Account, position: int, length: int) -> bool:

@@ -12,6 +12,8 @@
       │ ◄────────────────────────────────── PONG │  with both UTC times of the intake
       │ REPORT ────────────────────────────────► │  statistics of the node; newest wins, may be lost
       │ LIVES ─────────────────────────────────► │  nothing but of these lives can come any more
+      │ ◄───────────────────────────── SUBSCRIBE │  what to show of the live plane; to uplinks with "live"
+      │ LIVE ──────────────────────────────────► │  some of it; may be lost
       │ BYE ◄──────────────────────────────────► │  why the session ends
 
     join                                     intake
@@ -36,6 +38,7 @@ from xxhash import xxh3_64_intdigest
 from edgedaq.errors import ChecksumError, WireError
 
 __all__ = [
+    "LIVE_TOPICS_MAX",
     "PROTOCOL_VERSION",
     "TOPIC",
     "Ack",
@@ -46,6 +49,7 @@ __all__ = [
     "Hello",
     "Join",
     "Joined",
+    "Live",
     "Lives",
     "Ping",
     "Pong",
@@ -53,6 +57,7 @@ __all__ = [
     "Reject",
     "Report",
     "Resend",
+    "Subscribe",
     "Unknown",
     "Welcome",
     "decode_from_intake",
@@ -71,6 +76,8 @@ U64 = Annotated[int, msgspec.Meta(ge=0)]
 Lane = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Word = Annotated[str, msgspec.Meta(max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
+LiveTopic = Annotated[str, msgspec.Meta(max_length=600)]
+LIVE_TOPICS_MAX = 64
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.upper):
@@ -78,7 +85,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=s
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """An uplink asks for a session; ``instance`` is random per process: it tells two of one node apart."""
+    """An uplink asks for a session; ``instance`` is random per process: it tells two of one node apart.
+
+    ``features`` are what it understands beyond this version's first messages: ``live``.
+    """
 
     protocol_min: U64
     protocol_max: U64
@@ -87,6 +97,7 @@ class Hello(Message, frozen=True, kw_only=True):
     boot: Word
     instance: Word
     lanes: Annotated[list[Word], msgspec.Meta(min_length=1, max_length=16)]
+    features: Annotated[list[Word], msgspec.Meta(max_length=16)] = []
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -212,6 +223,23 @@ class Lives(Message, frozen=True, kw_only=True):
     bound_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
+class Subscribe(Message, frozen=True, kw_only=True):
+    """Live topics of the node that somebody in the control room looks at, in place of those before.
+
+    Sent only to uplinks that have the feature ``live``; ``""`` is everything.
+    """
+
+    topics: Annotated[list[LiveTopic], msgspec.Meta(max_length=LIVE_TOPICS_MAX)]
+
+
+class Live(Message, frozen=True, kw_only=True):
+    """One message of the node's live plane (``live_messages``), as asked for; may be lost."""
+
+    topic: LiveTopic
+    opened: bytes
+    frames: bytes
+
+
 class Bye(Message, frozen=True, kw_only=True):
     """The sender has ended the session, and why."""
 
@@ -219,8 +247,8 @@ class Bye(Message, frozen=True, kw_only=True):
     text: Text = ""
 
 
-FromUplink = Hello | Join | Ping | Report | Lives | Bye
-FromIntake = Welcome | Joined | Reject | Ack | Resend | Refused | Unknown | Ahead | Pong | Bye
+FromUplink = Hello | Join | Ping | Report | Lives | Live | Bye
+FromIntake = Welcome | Joined | Reject | Ack | Resend | Refused | Unknown | Ahead | Pong | Subscribe | Bye
 
 _CHECK_BYTES = 8
 _ENCODER = msgspec.msgpack.Encoder()

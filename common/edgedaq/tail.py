@@ -11,24 +11,25 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import zmq
 
+from edgedaq.config_dir import RESERVED_IDS
 from edgedaq.control import ControlError, request
 from edgedaq.delivery import gap_of
 from edgedaq.errors import ConfigError, nearest
 from edgedaq.frame import Kind
 from edgedaq.live_feed import LiveFeed, Shown
-from edgedaq.live_messages import job_topic, live_topics_of
+from edgedaq.live_messages import NODE_TOPIC, job_topic, live_topics_of, node_topic
 from edgedaq.messages import MessageReader
 from edgedaq.names import check_topic, matches
 from edgedaq.tail_text import Form, TailText
 from edgedaq.units import SECONDS
 
-__all__ = ["Tail", "add_tail", "run_tail"]
+__all__ = ["Tail", "add_tail", "known_topics", "run_tail", "why_silent"]
 
 _POLL_MS = 200
 _QUIET_S = 2.0
@@ -86,7 +87,7 @@ class Tail:
         self._runtime_dir = runtime_dir
         self._topics = list(topics)
         self._hint = hint
-        self._text = TailText(form)
+        self._text = TailText(form, with_node=any(matches(NODE_TOPIC, topic) for topic in topics))
         self._every_s = every_s
         self._reader = MessageReader(is_live=True)
         self._due_s: dict[int, float] = {}
@@ -125,6 +126,7 @@ class Tail:
     def _print(self, shown: Shown, rows_max: int) -> int:
         """Print what has come; return how many rows that were."""
         topics = live_topics_of(shown.info)
+        topics += tuple(node_topic(shown.info.node, topic) for topic in topics)
         self._silent -= {held for held in self._silent if any(matches(held, topic) for topic in topics)}
         if not shown.is_continuous:
             self._reader.forget(shown.frames[0].stream)
@@ -166,20 +168,32 @@ class Tail:
             status = request(self._runtime_dir, "status")
         except ControlError as e:
             return f"{e}; waiting for it; to start it: {self._hint}"
-        known = sorted({topic for job in status.get("jobs", ()) for topic in job.get("topics", ())})
-        lines = []
-        for topic in sorted(self._silent):
-            if any(matches(topic, held) for held in known):
-                lines.append(f"topic {topic or '(all)'!r}: nothing comes now")
-                continue
-            held = [job_topic(topic)] if job_topic(topic) in known else []
-            hint = f", did you mean {held[0]!r}?" if held else nearest(topic, known)
-            shown = ", ".join(known[:_KNOWN_SHOWN]) + (", ..." if len(known) > _KNOWN_SHOWN else "")
-            lines.append(f"topic {topic or '(all)'!r}: was not seen yet{hint} (known: {shown or 'none'})")
-        return "\n".join(lines)
+        return "\n".join(why_silent(topic, known_topics(status)) for topic in sorted(self._silent))
 
     def _tell(self, text: str) -> None:
         """Say something once beside the rows."""
         if text != self._told:
             self._told = text
             sys.stderr.write(f"{text}\n")
+
+
+def known_topics(status: Mapping[str, Any]) -> list[str]:
+    """Return the live topics that a supervisor's status tells of, in a control room those of nodes, too."""
+    own = {topic for job in status.get("jobs", ()) for topic in job.get("topics", ())}
+    jobs = status.get("statistics", {}).get("jobs", ())
+    theirs = {
+        node_topic(str(job["supervisor"]), job_topic(str(job["unique_id"])))
+        for job in jobs
+        if job.get("supervisor") != status.get("node") and job.get("unique_id") not in RESERVED_IDS
+    }
+    return [*sorted(own), *sorted(theirs)]
+
+
+def why_silent(topic: str, known: Sequence[str]) -> str:
+    """Return why nothing may have come of a topic."""
+    if any(matches(topic, held) for held in known):
+        return f"topic {topic or '(all)'!r}: nothing comes now"
+    held = job_topic(topic)
+    hint = f", did you mean {held!r}?" if held in known else nearest(topic, known)
+    shown = ", ".join(known[:_KNOWN_SHOWN]) + (", ..." if len(known) > _KNOWN_SHOWN else "")
+    return f"topic {topic or '(all)'!r}: was not seen yet{hint} (known: {shown or 'none'})"

@@ -50,10 +50,15 @@ class Line(NamedTuple):
 
 
 class TailText:
-    """Turns messages into lines, and remembers which names it has written."""
+    """Turns messages into lines, and remembers which names it has written.
 
-    def __init__(self, form: Form) -> None:
+    Args:
+        with_node: Say ``node/job``, not only the job.
+    """
+
+    def __init__(self, form: Form, *, with_node: bool = False) -> None:
         self._form = form
+        self._with_node = with_node
         self._widths: dict[tuple[Any, ...], list[int]] = {}
         self._last: tuple[Any, ...] = ()
 
@@ -72,6 +77,10 @@ class TailText:
             case DAQJobMessageEvent():
                 yield from self._event(source, message)
 
+    def _who(self, source: Source, tag: str) -> str:
+        job = f"{source.node}/{source.job}" if self._with_node else source.job
+        return f"{job}:{tag}" if tag else job
+
     def _table(
         self, source: Source, tag: str, names: tuple[str, ...], rows: Sequence[Sequence[Any]]
     ) -> Iterator[Line]:
@@ -79,7 +88,7 @@ class TailText:
             for row in rows:
                 yield Line(_json(source, tag, row=dict(zip(names, row, strict=True))))
             return
-        who = source.job + (f":{tag}" if tag else "")
+        who = self._who(source, tag)
         kind = (source.node, source.job, tag, names)
         if self._form == "csv":
             if kind != self._last:
@@ -102,7 +111,7 @@ class TailText:
             yield Line(_aligned([who, *row], widths))
 
     def _raw(self, source: Source, tag: str, data: Any) -> Iterator[Line]:
-        who, held = source.job + (f":{tag}" if tag else ""), bytes(data[:_JSON_HEX_BYTES])
+        who, held = self._who(source, tag), bytes(data[:_JSON_HEX_BYTES])
         if self._form == "json":
             yield Line(_json(source, tag, bytes=len(data), hex=held.hex()))
             return
@@ -114,7 +123,7 @@ class TailText:
             yield Line(f"{_safe(who)}  raw {len(data)} bytes  {shown}".rstrip())
 
     def _event(self, source: Source, message: DAQJobMessageEvent) -> Iterator[Line]:
-        who = source.job + (f":{message.tag}" if message.tag else "")
+        who = self._who(source, message.tag)
         if self._form == "json":
             yield Line(_json(source, message.tag, event=message.metadata, bytes=len(message.data)))
             return
