@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -233,15 +235,33 @@ def test_garbage_from_listeners_and_publishers_harms_nobody(tmp_path, runtime_di
         assert site.side.is_running
 
 
-def test_who_may_enter_the_directory_may_look_and_only_the_user_may_publish(tmp_path, runtime_dir):
+def can_connect(path, *, uid=0, gid=0):
+    """Tell whether a process of another user can open a socket; 0: as this one."""
+    code = "import os, socket, sys; path, uid, gid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])\n"
+    code += "if uid: os.setgroups([]); os.setgid(gid); os.setuid(uid)\n"
+    code += "socket.socket(socket.AF_UNIX).connect(path)"
+    command = [sys.executable, "-c", code, str(path), str(uid), str(gid)]
+    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def test_who_may_enter_the_directory_may_look_and_only_the_user_may_publish_or_command(tmp_path, runtime_dir):
     with live_site(tmp_path, runtime_dir) as site:
         site.add("a")
         site.side.start()
-        modes = {
-            name: (site.runtime_dir / name).stat().st_mode & 0o777 for name in ("live.sock", "live_in.sock")
-        }
+        directory = site.runtime_dir
+        modes = {name: (directory / name).stat().st_mode & 0o777 for name in ("live.sock", "live_in.sock")}
         assert modes == {"live.sock": 0o660, "live_in.sock": 0o600}
-        assert site.runtime_dir.stat().st_mode & 0o777 == 0o700
+        assert directory.stat().st_mode & 0o777 == 0o700
+        if os.geteuid() != 0:
+            return  # nobody else can be tried
+        runtime_dir.chmod(0o755)
+        assert can_connect(directory / "live.sock")
+        assert not can_connect(directory / "live.sock", uid=65534)
+        directory.chmod(0o750)
+        assert can_connect(directory / "live.sock", uid=65534)
+        assert not can_connect(directory / "live_in.sock", uid=65534)
+        assert not can_connect(directory / "control.sock", uid=65534)
+        assert not can_connect(directory / "live.sock", uid=65534, gid=65534)
 
 
 def test_a_broker_that_cannot_be_had_keeps_nothing_from_starting(tmp_path, runtime_dir):
