@@ -38,8 +38,8 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
 
     ``target`` is ``module:Class`` or ``/path/file.py:Class``; ``config`` is the content of its TOML;
     ``claims``: consumers that hold every ring from its birth, and their topics: the lanes of the uplink.
-    ``journal_feed`` names the feed (``feeds``) by which it is handed the data of other nodes, where there is a
-    journal.
+    ``journal_feed`` names the feed (``feeds``) by which it is handed the data of other nodes, where there is
+    a journal.
     """
 
     unique_id: str
