@@ -112,7 +112,7 @@ class Looker:
         self.feed = feed
         self.reader = MessageReader(is_live=True)
         self.messages: list[DAQJobMessage] = []
-        self.missed_rows = 0
+        self.missed_rows = self.row_count = 0
 
     def until(self, condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
         end = time.monotonic() + limit_s
@@ -127,6 +127,7 @@ class Looker:
                 if not shown.is_continuous:
                     self.reader.forget(shown.frames[0].stream)
                 for frame in shown.frames:
+                    self.row_count += frame.rows
                     self.messages += self.reader.read(shown.info, frame)
 
     def numbers(self, job: str) -> list[int]:
