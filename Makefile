@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 # make bench-compare: what else a user might pick, measured in the same run.
-.PHONY: help venv demo test check bench bench-compare clean
+.PHONY: help venv demo servers test check bench bench-compare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +32,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## aggregator and agent on this machine, SECONDS=20 (0: until Ctrl-C), files under OUT=out
 	$(BIN)/edgedaq-aggregator demo --seconds '$(SECONDS)' --out '$(OUT)'
 
-test: $(STAMP) ## everything that proves it works; the tests that kill processes run last and alone
+servers: ## install MariaDB and Redis, which the tests start for themselves, where they are missing
+	@scripts/install_servers.sh
+
+test: $(STAMP) servers ## everything that proves it works; the tests that kill processes run last and alone
 	$(BIN)/python -m pytest -n 2 -m 'not kills'
 	$(BIN)/python -m pytest -m kills
 

@@ -20,6 +20,8 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from tests.servers import owned_processes
+
 _SETTLE_S = 3.0
 _SHARED = Path("/dev/shm")
 _MARK = "EDGEDAQ_TEST_OWNER"
@@ -77,7 +79,8 @@ def _settled(find: Callable[[], list[str]]) -> list[str]:
 
 
 def _processes() -> list[psutil.Process]:
-    """Return the living processes that this test process started, orphans included."""
+    """Return the living processes that this test process started, orphans included, but not the servers."""
+    servers = owned_processes()
     found = {process.pid: process for process in psutil.Process().children(recursive=True)}
     own = f"{_MARK}={os.getpid()}".encode()
     for entry in Path("/proc").glob("[0-9]*/environ"):
@@ -89,7 +92,7 @@ def _processes() -> list[psutil.Process]:
                 found[pid] = psutil.Process(pid)
         except (OSError, psutil.Error):
             continue
-    return [process for process in found.values() if process.is_running()]
+    return [process for process in found.values() if process.is_running() and process.pid not in servers]
 
 
 def _describe(process: psutil.Process) -> str:
