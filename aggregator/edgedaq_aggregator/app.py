@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from edgedaq.main_config import (
     version,
 )
 from edgedaq.plans import Place, check_rings, job_plan, part_plan, uplink_plan
-from edgedaq.registry import JOB_TABLE, STORE_TABLE, load_table
+from edgedaq.registry import JOB_TABLE, STORE_TABLE, load_class, load_table
 from edgedaq.stats import NodeReport
 from edgedaq.supervisor import INTAKE, Supervisor, SupervisorSetup
 from edgedaq.worker_process import WorkerPlan
@@ -38,8 +38,9 @@ from edgedaq.worker_process import WorkerPlan
 from edgedaq_aggregator.config import FILE_NAME, AggregatorConfig
 from edgedaq_aggregator.node_commands import own_address
 from edgedaq_aggregator.stats_files import Statistics
+from edgedaq_aggregator.stores.base import DAQJobStore
 
-__all__ = ["ROLE", "Aggregator", "LiveView", "load", "run", "runtime_dir_of"]
+__all__ = ["ROLE", "Aggregator", "LiveView", "load", "run", "runtime_dir_of", "store_doubts"]
 
 ROLE = "aggregator"
 JOURNAL_FEED = "edgedaq_aggregator.journal_feed:JournalFeed"
@@ -117,6 +118,16 @@ def load(config_dir: Path, *, is_standalone: bool = False, out_dir: Path | None 
     aggregator = Aggregator(place, config, path, listen, is_standalone, files, problems=problems)
     _check(aggregator)
     return aggregator
+
+
+def store_doubts(files: Iterable[JobFile]) -> list[str]:
+    """Return what stores doubt about their backends, which are asked: one that is away is a doubt, too."""
+    found = []
+    for file in files:
+        store = load_class(file.target, None) if file.is_store and file.config is not None else None
+        if store is not None and issubclass(store, DAQJobStore):
+            found += [f"{file.path}: {doubt}" for doubt in store.doubts(file.config)]
+    return found
 
 
 def runtime_dir_of(config_dir: Path) -> Path:

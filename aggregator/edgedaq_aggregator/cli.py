@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     aggregator = app.load(options.config_dir)
-    for warning in aggregator.warnings:
+    for warning in [*aggregator.warnings, *app.store_doubts(aggregator.files)]:
         sys.stderr.write(f"warning: {warning}\n")
     refuse_broken(aggregator.files, aggregator.problems, always=True)
     stores = sum(file.is_store for file in aggregator.files)

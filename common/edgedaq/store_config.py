@@ -199,11 +199,21 @@ class DAQJobStoreConfigMySQL(msgspec.Struct, frozen=True, forbid_unknown_fields=
 
 
 class DAQJobStoreConfigRedis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``key``: of the Redis stream; ``use_timeseries`` asks for time series, where the server has them."""
+    """``key``: of the Redis stream, behind the node's name.
+
+    ``use_timeseries`` asks for time series, where the server has them; ``packed`` makes an entry of many
+    rows, as an Arrow stream, instead of one per row.
+    """
 
     key: str
     key_expiration_days: Annotated[int, msgspec.Meta(gt=0)] | None = None
     use_timeseries: bool = False
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.packed and self.use_timeseries:
+            message = "packed makes entries of a stream, use_timeseries makes none: only one can be given"
+            raise ConfigError(message)
 
 
 class DAQJobStoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,4 +9,6 @@ STORES = {
     "DAQJobStoreParquet": "edgedaq_aggregator.stores.parquet:DAQJobStoreParquet",
     "DAQJobStoreRaw": "edgedaq_aggregator.stores.raw:DAQJobStoreRaw",
     "DAQJobStoreSQLite": "edgedaq_aggregator.stores.sqlite:DAQJobStoreSQLite",
+    "DAQJobStoreMySQL": "edgedaq_aggregator.stores.mysql:DAQJobStoreMySQL",
+    "DAQJobStoreRedis": "edgedaq_aggregator.stores.redis:DAQJobStoreRedis",
 }

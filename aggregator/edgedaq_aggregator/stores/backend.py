@@ -15,7 +15,7 @@ the last durable commit is void: ``recover`` returns to it, and the same rows co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from edgedaq.delivery import StreamTable
 from edgedaq.frame import Frame
@@ -24,7 +24,7 @@ from edgedaq.open_info import OpenInfo
 from edgedaq_aggregator.stores.commits import Change
 from edgedaq_aggregator.stores.marks import Mark
 
-__all__ = ["Backend", "Recovered", "Refusal"]
+__all__ = ["Backend", "Recovered", "Refusal", "SettlingBackend"]
 
 
 class Recovered(NamedTuple):
@@ -74,3 +74,11 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give everything back; commits nothing. May be called again, and before ``recover``."""
+
+
+@runtime_checkable
+class SettlingBackend(Protocol):
+    """A backend whose commits may become durable after they have returned: the journal waits for that."""
+
+    def durable_position(self) -> int | None:
+        """Return up to which position commits are durable, None if none is known; asked every second."""

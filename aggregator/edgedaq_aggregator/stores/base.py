@@ -33,6 +33,11 @@ class DAQJobStore(DAQJob):
         """
         raise NotImplementedError
 
+    @classmethod
+    def doubts(cls, config: Any) -> list[str]:  # noqa: ARG003 -- the default has none
+        """Return what ``check`` is to warn of; a server that is away is one thing, not an error."""
+        return []
+
     def cadence(self) -> Cadence:
         """Return when it commits."""
         return Cadence()

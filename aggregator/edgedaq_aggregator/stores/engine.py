@@ -22,7 +22,7 @@ from edgedaq.open_info import OpenInfo, decode_open
 from edgedaq.segment_format import Hole, Record
 from edgedaq.segment_gaps import bridge
 
-from edgedaq_aggregator.stores.backend import Backend, Refusal
+from edgedaq_aggregator.stores.backend import Backend, Refusal, SettlingBackend
 from edgedaq_aggregator.stores.commits import Change
 from edgedaq_aggregator.stores.marks import Mark
 from edgedaq_aggregator.stores.pieces import Pieces
@@ -88,6 +88,12 @@ class StoreEngine:
     def has_changes(self) -> bool:
         """There is something of its streams that is not in a commit."""
         return bool(self._changed) or self._has_marks
+
+    def durable_position(self) -> int | None:
+        """Return up to where the journal may be trimmed: what is committed, and durable in the backend."""
+        if isinstance(self._backend, SettlingBackend):
+            return self._backend.durable_position()
+        return self.committed_position
 
     def facts(self) -> dict[str, Any]:
         """Return what the backend tells about itself."""

@@ -125,6 +125,7 @@ class StoreLoop:
         self._report: dict[str, Any] = {}
         self._report_due_s = 0.0
         self._last_commit_s = 0.0
+        self._released: int | None = None
         self.in_count = self.in_bytes = self.last_in_ns = 0
 
     def report(self) -> dict[str, Any]:
@@ -161,6 +162,7 @@ class StoreLoop:
             engine = StoreEngine(self._key, backend, self._set_aside)
             stack.callback(self._fold, engine)
             follower = self._follow(engine.position, engine.wants)
+            self._released = None
             stack.callback(follower.close)
             pool = ThreadPoolExecutor(1, thread_name_prefix=f"commit-{self._key}")
             stack.callback(pool.shutdown)
@@ -227,14 +229,21 @@ class StoreLoop:
         engine.committed_now()
         self._last_commit_s = time.monotonic()
         self._pause_s, self._error = PAUSE_FIRST_S, None
-        if engine.committed_position is not None:
-            follower.report(engine.committed_position)
+        self._release(engine, follower)
+
+    def _release(self, engine: StoreEngine, follower: Follower) -> None:
+        """Let the journal trim what is durable."""
+        position = engine.durable_position()
+        if position is not None and position != self._released:
+            self._released = position
+            follower.report(position)
 
     def _refresh(self, engine: StoreEngine, follower: Follower, now: float) -> None:
         """Make the report anew, when it is due."""
         if now < self._report_due_s:
             return
         self._report_due_s = now + REPORT_EVERY_S
+        self._release(engine, follower)
         counts = {name: self._past[name] + getattr(engine, name) for name in _COUNTERS}
         by_node = dict(self._past_by_node)
         _add(by_node, engine.stored_by_node)
