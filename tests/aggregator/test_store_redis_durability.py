@@ -94,8 +94,10 @@ def test_a_server_that_keeps_nothing_is_refused_until_that_is_said_to_be_fine(tm
     with serving() as server:
         store = Store(server)
         assert "the server keeps nothing on disk" in store.doubts()[0]
+        refused = store.make_backend(tmp_path, OsStorage())
         with pytest.raises(StoreError, match="accept_volatile = true"):
-            store.make_backend(tmp_path, OsStorage()).recover()
+            refused.recover()
+        refused.close()
         willing = Store(server, accept_volatile=True)
         feed = Feed()
         feed.open(1, willing.config())
