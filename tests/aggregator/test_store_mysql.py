@@ -25,6 +25,8 @@ from tests.servers import MariaDB
 
 _SOCKET = "EDGEDAQ_TEST_MARIADB"
 
+pytestmark = pytest.mark.timeout(300)  # a database for each of many ends
+
 
 @pytest.fixture(scope="session")
 def mariadb() -> Iterator[MariaDB]:
