@@ -66,6 +66,7 @@ class Measured:
     """Megabytes per second of one case, one entry per repetition."""
 
     end_to_end: list[float] = field(default_factory=list)
+    with_keys: list[float] = field(default_factory=list)
     bare_one: list[float] = field(default_factory=list)
     bare_two: list[float] = field(default_factory=list)
 
@@ -87,6 +88,9 @@ def main() -> int:
         default=10.0,
         help="seconds of rest for the disk before each figure (default 10)",
     )
+    parser.add_argument(
+        "--curve", action="store_true", help="each case with CURVE as well, and its ratio to without"
+    )
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +103,7 @@ def main() -> int:
     for turn in range(arguments.repeats):
         for case in cases:
             print(f"turn {turn + 1} of {arguments.repeats}: {case.name}", file=sys.stderr)
-            measure(case, folder, measured[case.name], arguments.pause)
+            measure(case, folder, measured[case.name], arguments.pause, has_keys=arguments.curve)
     if cases:
         print_table(cases, measured, arguments.repeats)
     if arguments.only in ("", "latency"):
@@ -107,22 +111,25 @@ def main() -> int:
     return 0
 
 
-def measure(case: Case, folder: Path, measured: Measured, pause_s: float) -> None:
-    """Add one repetition of a case, end to end and bare."""
+def measure(case: Case, folder: Path, measured: Measured, pause_s: float, *, has_keys: bool) -> None:
+    """Add one repetition of a case, end to end (with keys as well, if so) and bare."""
     settle(pause_s)
     measured.end_to_end.append(case.total_bytes / run_end_to_end(case, folder) / MB)
+    if has_keys:
+        settle(pause_s)
+        measured.with_keys.append(case.total_bytes / run_end_to_end(case, folder, has_keys=True) / MB)
     for held, files_count in ((measured.bare_one, 1), (measured.bare_two, 2)):
         settle(pause_s)
         held.append(write_durably(folder, case.total_bytes, files_count=files_count) / MB)
 
 
-def run_end_to_end(case: Case, folder: Path) -> float:
+def run_end_to_end(case: Case, folder: Path, *, has_keys: bool = False) -> float:
     """Return the seconds from the first put until the last message is durable in the stored file.
 
     Raises:
         SystemExit: A stored message is not what was put, or one is missing or too many.
     """
-    with site_with_job(folder, case.payload_bytes, messages=case.count) as site:
+    with site_with_job(folder, case.payload_bytes, has_keys=has_keys, messages=case.count) as site:
         stored = site.node_dir / "job.bin"
         go(site)
         site.aggregator.wait(lambda: _size(stored) >= case.total_bytes, RUN_LIMIT_S, "all is written")
@@ -136,7 +143,9 @@ def run_end_to_end(case: Case, folder: Path) -> float:
 
 
 @contextmanager
-def site_with_job(folder: Path, payload_size: int, *, mode: str = "raw", **settings: float) -> Iterator[Site]:
+def site_with_job(
+    folder: Path, payload_size: int, *, mode: str = "raw", has_keys: bool = False, **settings: float
+) -> Iterator[Site]:
     """Run both sides with one benchmark job that waits for ``go``; rows go to CSV, messages to Raw."""
     shared = Path("/dev/shm")  # noqa: S108  # a directory of its own within it
     root = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
@@ -157,6 +166,8 @@ def site_with_job(folder: Path, payload_size: int, *, mode: str = "raw", **setti
                 ),
             ]
             (site.agent_dir / "job.toml").write_text("\n".join(lines), encoding="utf-8")
+            if has_keys:
+                site.enrol()
             site.aggregator.start()
             site.agent.start()
             yield site
@@ -208,7 +219,7 @@ def print_table(cases: list[Case], measured: dict[str, Measured], repeats: int) 
         "two files",
         "of two",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for case in cases:
         held = measured[case.name]
         rate = statistics.median(held.end_to_end)
@@ -225,9 +236,17 @@ def print_table(cases: list[Case], measured: dict[str, Measured], repeats: int) 
                 f"{rate / bare_two:.2f}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    if any(measured[case.name].with_keys for case in cases):
+        pairs = zip(rows[1:], cases, strict=True)
+        rows = [(*head, "CURVE", "of plain"), *(_with_keys(row, measured[case.name]) for row, case in pairs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def _with_keys(row: tuple[str, ...], held: Measured) -> tuple[str, ...]:
+    with_keys = statistics.median(held.with_keys)
+    return (*row, f"{with_keys:.0f}", f"{with_keys / statistics.median(held.end_to_end):.2f}")
 
 
 def print_latency(folder: Path, rate_hz: float = 1000.0, run_s: float = 10.0) -> None:

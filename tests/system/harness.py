@@ -19,7 +19,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
+from edgedaq.clock import utc_ns
 from edgedaq.control import ControlError, request
+from edgedaq.keys import ENROLMENT_NAME, Enrolment, aggregator_keys, new_key_pair, write_enrolment
+from edgedaq_aggregator.authority import NodesFile
 from edgedaq_aggregator.ledger import LedgerRow, read_ledger
 
 from tests.system.oracle import Verdict, judge_csv, judge_raw, witnessed
@@ -252,6 +255,22 @@ class Site:
     ) -> None:
         self.agent.close()
         self.aggregator.close()
+
+    def enrol(self) -> None:
+        """Give the node a key that the aggregator demands, as the two commands would; before both start."""
+        keys, now_ns = new_key_pair(), utc_ns()
+        with (self.aggregator_dir / "aggregator.toml").open("a") as file:
+            file.write("require_keys = true\n")
+        self.state_dir.mkdir()
+        nodes = NodesFile(self.state_dir, "aggregator")
+        assert nodes.join(nodes.invite(NODE, now_ns, None, ""), keys.public, now_ns) == NODE
+        enrolment = Enrolment(
+            node=NODE,
+            aggregator=f"tcp://127.0.0.1:{self.port}",
+            aggregator_key=aggregator_keys(self.state_dir).public,
+            secret_key=keys.secret,
+        )
+        write_enrolment(self.agent_dir / ENROLMENT_NAME, enrolment)
 
     def add_store(self, name: str, job_type: str, settings: str = "") -> None:
         """Write the TOML of a store."""
