@@ -20,7 +20,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,7 +129,8 @@ def run_end_to_end(case: Case, folder: Path, *, has_keys: bool = False) -> float
     Raises:
         SystemExit: A stored message is not what was put, or one is missing or too many.
     """
-    with site_with_job(folder, case.payload_bytes, has_keys=has_keys, messages=case.count) as site:
+    prepare = [Site.enrol] if has_keys else []
+    with site_with_job(folder, case.payload_bytes, *prepare, messages=case.count) as site:
         stored = site.node_dir / "job.bin"
         go(site)
         site.aggregator.wait(lambda: _size(stored) >= case.total_bytes, RUN_LIMIT_S, "all is written")
@@ -144,7 +145,13 @@ def run_end_to_end(case: Case, folder: Path, *, has_keys: bool = False) -> float
 
 @contextmanager
 def site_with_job(
-    folder: Path, payload_size: int, *, mode: str = "raw", has_keys: bool = False, **settings: float
+    folder: Path,
+    payload_size: int,
+    prepare: Callable[[Site], None] = lambda _: None,
+    /,
+    *,
+    mode: str = "raw",
+    **settings: float,
 ) -> Iterator[Site]:
     """Run both sides with one benchmark job that waits for ``go``; rows go to CSV, messages to Raw."""
     shared = Path("/dev/shm")  # noqa: S108  # a directory of its own within it
@@ -166,8 +173,7 @@ def site_with_job(
                 ),
             ]
             (site.agent_dir / "job.toml").write_text("\n".join(lines), encoding="utf-8")
-            if has_keys:
-                site.enrol()
+            prepare(site)
             site.aggregator.start()
             site.agent.start()
             yield site
