@@ -18,6 +18,7 @@ __all__ = ["journal_facts", "security_facts", "stream_accounts"]
 
 _OPEN_MAX = 2000
 _ENDED_MAX = 256
+_CLONED_MAX = 10
 
 
 def stream_accounts(table: StreamTable, owners: StreamOwners) -> dict[str, list[Any]]:
@@ -64,7 +65,7 @@ def security_facts(
     cloned = {name: node.cloned_ns for name, node in nodes.items() if node.cloned_ns}
     told = [
         f"node {name} is cloned: two agents displace each other, last {iso_utc(cloned[name])}"
-        for name in cloned
+        for name in sorted(cloned, key=lambda name: -cloned[name])[:_CLONED_MAX]
     ]
     return {
         "key": "" if gatekeeper is None else gatekeeper.keys.public,

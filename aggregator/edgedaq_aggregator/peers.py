@@ -50,6 +50,7 @@ __all__ = ["Peers"]
 
 _SILENCE_NS = int(SILENCE_LIMIT_S * 1e9)
 _OUTBOX_MAX = 64
+_OTHERS_NAME = "another node's name"
 _LINES_MAX = 100
 """About sessions that begin and end, per 10 s."""
 
@@ -208,7 +209,7 @@ class Peers:
         for session in list(self.sessions.by_peer.values()):
             standing = self._gatekeeper.standing(session.key)
             if not standing.is_allowed or standing.node != session.node:
-                reason = standing.reason or f"the key is that of {standing.node!r} now"
+                reason = standing.reason or _OTHERS_NAME
                 self._refusals.note(reason, now_ns, node=session.node, detail="its session is ended")
                 self._router.cut_soon(session.connection, now_ns)
                 self.end(session, "revoked", f"this node is not let in any more: {reason}")
@@ -300,7 +301,7 @@ class Peers:
             return None
         if standing.is_allowed:
             text = f"the key is that of node {standing.node!r}, not of {hello.node!r}: see supervisor_id"
-            reason = "another node's name"
+            reason = _OTHERS_NAME
         else:
             reason, text = standing.reason, f"this node is not let in: {standing.reason}"
         connection = received.connection()

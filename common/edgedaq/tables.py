@@ -227,7 +227,7 @@ def _told(job: Mapping[str, Any]) -> list[str]:
     """Return what an intake tells about who was not let in."""
     security = _extra(job).get("security")
     lines = security.get("told") if isinstance(security, dict) else None
-    return [_text(f"{job.get('unique_id')}: {line}") for line in lines or ()]
+    return [_text(f"{job.get('unique_id')}: {line}") for line in lines] if isinstance(lines, list) else []
 
 
 def _node_cells(row: Mapping[str, Any]) -> list[Any]:

@@ -196,6 +196,43 @@ def test_status_where_nothing_runs_says_what_to_type(seed_dir):
         assert f"edgedaq-aggregator run --config-dir {seed_dir}" in err
 
 
+def test_invite_where_no_node_could_connect_says_which_key_to_edit(seed_dir):
+    status, out, err = command("invite", "pi3", "--config-dir", seed_dir)
+    assert (status, out) == (78, "")
+    assert 'listen must be an address that other machines reach, e.g. "tcp://0.0.0.0:7770"' in err
+
+
+def test_nodes_are_invited_listed_and_revoked_whether_or_not_it_runs(tmp_path):
+    config_dir = tmp_path / "config"
+    config_dir.mkdir()
+    (config_dir / "aggregator.toml").write_text(
+        f'listen = "tcp://0.0.0.0:7770"\nout_dir = "{tmp_path / "out"}"\n'
+    )
+    where = ("--config-dir", config_dir)
+    status, out, _ = command(
+        "invite", "pi3", *where, "--topics", "store,stats", "--address", "tcp://hub:7770"
+    )
+    assert status == 0
+    assert "edgedaq-agent join tcp://hub:7770 pi3." in out
+    status, out, _ = command("nodes", *where)
+    assert status == 0
+    assert out.splitlines()[1].split() == ["pi3", "invited", "-", "store", "stats", "never", "-"]
+    assert command("revoke", "pi3", *where)[0] == 0
+    (row,) = json.loads(command("nodes", *where, "--json")[1])["authorised"]
+    assert row["standing"] == "never joined"
+    for arguments, text in (
+        (("revoke", "pi4"), "has no node 'pi4' (known: pi3)"),
+        (("invite", "../x"), "node must be 1 to 63 letters"),
+        (("invite", "aggregator"), "the aggregator's own supervisor_id"),
+        (("invite", "pi5", "--topics", "a..b"), "a topic must be"),
+        (("invite", "pi5", "--expires", "2001-01-01"), "must be in the future"),
+        (("invite", "pi5", "--expires", "soon"), "must be a UTC date"),
+    ):
+        status, _, err = command(*arguments, *where)
+        assert status == 78
+        assert text in err
+
+
 def test_help_has_examples_and_says_what_the_exit_status_means(capsys):
     for arguments in (["--help"], ["standalone", "--help"]):
         with pytest.raises(SystemExit) as ended:

@@ -12,6 +12,7 @@ import msgspec
 import psutil
 import pytest
 import zmq
+from edgedaq.log_limit import LogBudget
 from edgedaq.session_messages import Ack, Bye, Hello, Join, Resend, Welcome, encode_message
 from edgedaq_aggregator.refusals import GARBAGE, STRAY, Refusals
 
@@ -218,3 +219,10 @@ def test_a_hello_longer_than_any_is_refused(hop, intake, context):
     talker.socket.send(raw)
     wait_for(lambda: refused(intake, "not a message of ours"))
     talker.socket.close()
+
+
+def test_a_budget_of_lines_says_how_many_it_left_out():
+    budget = LogBudget(2, 10)
+    assert [budget.take(now) for now in (0, 1, 2, 3)] == [(True, 0), (True, 0), (False, 0), (False, 0)]
+    assert budget.take(10) == (True, 2)
+    assert budget.take(11) == (True, 0)

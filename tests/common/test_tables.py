@@ -77,6 +77,13 @@ def test_an_aggregators_status_has_a_line_for_each_node_and_all():
     assert "18 arrived" in summary_line(held)
 
 
+def test_what_an_intake_refused_is_told_in_words():
+    security = {"told": ["refused 3 times: unknown key, last 2026-11-20T12:00:00.000Z (address 10.0.0.3)"]}
+    intake = job("intake", "intake", total={"extra": {"security": security}})
+    assert "intake: refused 3 times: unknown key" in format_status(status(intake))
+    assert format_status(status(job("intake", "intake", total={"extra": {"security": {"told": 3}}})))
+
+
 def test_a_summary_is_one_line_that_counts_what_runs():
     line = summary_line(status(job("hv"), job("tpc", state="FAILED")))
     assert line.startswith("pi-1: 1 of 2 jobs run, 8.00 rows/s put")
