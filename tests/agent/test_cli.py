@@ -158,3 +158,26 @@ def test_help_has_examples_and_says_what_the_exit_status_means(capsys):
         text = capsys.readouterr().out
         assert "edgedaq-agent run" in text
         assert "exit status: 0; 78" in text
+
+
+def test_a_node_that_has_not_joined_says_what_to_do_and_takes_data_all_the_same(config_dir, runtime_dir):
+    main = config_dir / "agent.toml"
+    main.write_text(main.read_text().replace("tcp://127.0.0.1:1", "tcp://192.0.2.1:7770"))
+    status, out, err = command("check", "--config-dir", config_dir)
+    assert (status, "no mistake found" in out) == (0, True)
+    assert "aggregator must be an address of this machine alone" in err
+    assert "`edgedaq-agent join`" in err
+    process = start("run", "--config-dir", config_dir)
+
+    def has_told(jobs):
+        extra = ((jobs["uplink"].get("total") or {}).get("extra")) or {}
+        return jobs["quiet"]["state"] == "RUNNING" and "as long as this node has no key" in extra.get(
+            "reason", ""
+        )
+
+    try:
+        wait_status(process, runtime_dir / "r", has_told)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert process.returncode == 0
