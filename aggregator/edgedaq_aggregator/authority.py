@@ -144,7 +144,7 @@ class NodesFile:
             found = self.path.stat()
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return found.st_ino, found.st_ctime_ns, found.st_size
 
     def read(self) -> dict[str, AuthorisedNode]:
         """Return what it says; nothing where there is none.

@@ -89,6 +89,7 @@ class Gatekeeper:
         stamp = self._file.stamp()
         if stamp == self._stamp:
             return False
+        self._stamp = stamp
         try:
             nodes = self._file.read()
         except ConfigError as e:
@@ -97,7 +98,6 @@ class Gatekeeper:
             self.problem = str(e)
             return False
         self.problem = ""
-        self._stamp = stamp
         self._authority = Authority(nodes, self._own)
         self._log.info("nodes.read", path=str(self._file.path), count=len(nodes))
         return True

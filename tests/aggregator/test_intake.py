@@ -90,7 +90,7 @@ class Talker:
         self.socket.send_multipart([head, part])
         self.sent = start + len(part)
 
-    def hear(self, *types, limit_s=5.0, skip=(Ack, Pong)):
+    def hear(self, *types, limit_s=15.0, skip=(Ack, Pong)):
         deadline = time.monotonic() + limit_s
         while (left := deadline - time.monotonic()) > 0:
             if self.socket.poll(int(left * 1000) + 1):

@@ -66,7 +66,7 @@ class Victim(Talker):
         self.send(data(99, self.seq))
         begun = time.monotonic()
         self.wait_ack(self.sent)
-        assert time.monotonic() - begun < 3.0
+        assert time.monotonic() - begun < 10.0
 
 
 def test_bytes_of_any_kind_on_the_port_are_counted_and_leave_nothing(hop, intake, context):
