@@ -100,4 +100,5 @@ def why_failed(event: int, value: int, *, has_keys: bool, had_handshake: bool) -
         )
     if has_keys:
         return "who answers there is not the aggregator that this node joined, or no aggregator at all"
-    return "who answers there is no intake"
+    # Whose end of the connection notices first that only one side has keys is a matter of chance.
+    return "who answers there is no intake, or one that wants a key: then this node has to join"
