@@ -32,7 +32,7 @@ def write(directory: Path, count: int) -> list[int]:
     ends = []
     for number in range(1, count + 1):
         log.append(change(number))
-        ends.append(log._end)
+        ends.append(log._file.end)
     log.close()
     return ends
 

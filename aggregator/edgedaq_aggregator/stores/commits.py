@@ -2,33 +2,21 @@
 
 Data files and watermarks commit together by one append here: first the data is fdatasynced, then a record
 is appended and fdatasynced. What a record does not cover does not exist: recovery cuts each file back to it.
-The file ``commits.log`` has its full length from the start (a growing file costs a second flush)::
-
-    offset  size  field
-         0     8  magic     b"EDQCMT01"
-         8     8  salt      random per file: bytes of an older file are never read as new
-        16     8  check     xxh3-64 of bytes 0 .. 16
-        24    40  zeros
-        64        records, each at a multiple of 8:
-               8  salt
-               4  length    of the payload
-               4  number    0, 1, 2, ... in this file
-               8  check     xxh3-64 of the 16 bytes before and the payload
-                  payload   a msgpack map, zeros up to a multiple of 8
-
-The first record is the whole state, each later one what changed. Payload::
+The file ``commits.log`` is a log as drawn in ``records.py``, magic ``b"EDQCMT01"``, numbers from 0, with its
+full length from the start. The first record is the whole state, each later one what changed. Payload::
 
     store     str         its key in store_config
     position  int | nil   the journal is consumed up to here (exclusive)
     clean     bool        written at an orderly end: a longer file was then made longer by someone else
     files     {path below out_dir: [end, start, digest, header, owner, sealed]}
                           the file holds rows up to ``end``; digest is the xxh3-64 of start .. end, which
-                          the last commit wrote (or it and those before it); header is the xxh3-64 of its
-                          first line (0: none); owner the stream of a file that holds only one (0: shared);
-                          sealed: it is left alone
+                          the last commits wrote; header is the xxh3-64 of its first line (0: none); owner
+                          the stream of a file that holds only one (0: shared); sealed: it is left alone
+    blocks    {path: [turns, {16 hex: [first, last, rows]}]}
+                          whose rows start .. end are, while that is a block (``ranges.py``)
+    ranges    int         how many numbers ``ranges.log`` had given before this record
     streams   {16 hex: account}   the fields of ``StreamState`` from next_seq on
     opens     {16 hex: frame}     OPEN of streams that are new in this record
-              keys that a reader does not know are passed over
 
 A file that has no mark is declared, with what it holds already, before the first byte is written to it.
 
@@ -39,18 +27,17 @@ is cut.
 
 from __future__ import annotations
 
-import os
-import struct
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from edgedaq.delivery import StreamState, StreamTable
-from edgedaq.errors import WireError
-from edgedaq.frame import pack_map, unpack_map
-from edgedaq.storage import Storage, write_all
-from xxhash import xxh3_64_intdigest
+from edgedaq.storage import Storage
+
+from edgedaq_aggregator.stores.ranges import Block, BlockStreams, RangeLog
+from edgedaq_aggregator.stores.records import RecordFile, read_image, scan
 
 __all__ = ["LOG_NAME", "Change", "CommitLog", "CommitState", "FileMark", "read_commits"]
 
@@ -60,9 +47,6 @@ FILES_MAX = 4096
 """Beyond this, marks of the files written longest ago are forgotten; needed again, such a file is adopted."""
 
 _MAGIC = b"EDQCMT01"
-_HEADER_BYTES = 64
-_PREFIX = struct.Struct("<QIIQ")
-_PREFIX_HEAD = struct.Struct("<QII")
 _ACCOUNT = tuple(name for name in StreamState.__slots__ if name not in ("stream", "open_raw"))
 _ACCOUNT_TYPES = tuple(bool if name in ("closed", "tail_unknown") else int for name in _ACCOUNT)
 
@@ -80,12 +64,13 @@ class FileMark(NamedTuple):
 
 @dataclass(slots=True)
 class Change:
-    """What one commit changes; ``files`` maps to None where a mark is forgotten."""
+    """What one commit changes; ``files`` has None where a mark is forgotten, ``blocks`` those that grew."""
 
     position: int | None
     files: dict[str, FileMark | None] = field(default_factory=dict)
     accounts: list[StreamState] = field(default_factory=list)
     clean: bool = False
+    blocks: dict[str, BlockStreams] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -96,16 +81,40 @@ class CommitState:
     position: int | None = None
     clean: bool = True
     files: dict[str, FileMark] = field(default_factory=dict)
+    blocks: dict[str, BlockStreams] = field(default_factory=dict)
+    ranges: int = 0
     table: StreamTable = field(default_factory=StreamTable)
+
+    def open_blocks(self) -> Iterator[Block]:
+        """Yield the blocks that are not in ``ranges.log``."""
+        for path, held in self.blocks.items():
+            mark = self.files[path]
+            yield Block(path, mark.start, mark.end, mark.digest, held)
+
+    def over_by(self, change: Change) -> list[Block]:
+        """Return the open blocks that a change no longer speaks of."""
+        idle = [path for path in self.files if path not in change.files]
+        evicted = set(idle[: max(len(idle) + len(change.files) - FILES_MAX, 0)])
+        return [
+            block
+            for block in self.open_blocks()
+            if block.file in evicted or _is_over(block, self.files[block.file], change)
+        ]
 
     def apply(self, change: Change) -> None:
         """Take over a change."""
         self.position, self.clean = change.position, change.clean
         for path, mark in change.files.items():
             self.files.pop(path, None)
+            held = self.blocks.pop(path, None)
             if mark is not None:
                 self.files[path] = mark
+                held = held if mark.sealed else None
+                held = change.blocks.get(path, held)
+                if held is not None:
+                    self.blocks[path] = held
         while len(self.files) > FILES_MAX:
+            self.blocks.pop(next(iter(self.files)), None)
             del self.files[next(iter(self.files))]
         for account in change.accounts:
             self._put(account)
@@ -139,15 +148,18 @@ class CommitLog:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._storage = storage
-        self._fd = -1
+        self._file = RecordFile(directory / LOG_NAME, _MAGIC, storage)
+        self._ranges: RangeLog | None = None
         self._turn = threading.Lock()
         self._lock = storage.lock(directory / "lock")
         try:
-            self.state, self.damage = _load(directory / LOG_NAME, storage)
+            self.state, self.damage = read_commits(directory, storage)
             self.state.store = store
             if self.damage:
                 storage.rename(directory / LOG_NAME, directory / f"{LOG_NAME}.bad")
-            self._known = {*self.state.table.streams, *self.state.table.tombstones}
+            self._ranges = RangeLog(directory, storage, first_number=self.state.ranges)
+            self._end_blocks(self._ranges, list(self.state.open_blocks()))
+            self.state.blocks.clear()
             self._rewrite()
         except BaseException:
             self.close()
@@ -171,74 +183,55 @@ class CommitLog:
 
     def close(self) -> None:
         """Give the directory back; commits nothing."""
-        for fd in (self._fd, self._lock):
-            if fd >= 0:
-                self._storage.close(fd)
-        self._fd = self._lock = -1
+        self._file.close()
+        if self._ranges is not None:
+            self._ranges.close()
+        if self._lock >= 0:
+            self._storage.close(self._lock)
+        self._lock = -1
 
     def _append(self, change: Change) -> None:
-        record = self._record(change)
-        if self._end + len(record) > self._size:
+        if self._ranges is not None:
+            self._end_blocks(self._ranges, self.state.over_by(change))
+        record = self._file.bytes_of([self._payload(change, self._known)])
+        if self._file.end + len(record) > self._file.size:
             self.state.apply(change)
             self._rewrite()
             return
-        write_all(self._storage, self._fd, [record], self._end)
-        self._storage.fdatasync(self._fd)
+        self._file.append(record, 1)
         self.state.apply(change)
-        self._end += len(record)
-        self._number += 1
         self._known.update(account.stream for account in change.accounts)
 
-    def _record(self, change: Change) -> bytes:
-        opens = {
-            f"{account.stream:016x}": account.open_raw
-            for account in change.accounts
-            if account.stream not in self._known
+    def _end_blocks(self, ranges: RangeLog, blocks: list[Block]) -> None:
+        if blocks:
+            ranges.append(blocks)
+        self.state.ranges = ranges.next_number
+
+    def _payload(self, change: Change, known: set[int]) -> dict[str, object]:
+        return {
+            "store": self.state.store,
+            "position": change.position,
+            "clean": change.clean,
+            "files": {path: None if mark is None else list(mark) for path, mark in change.files.items()},
+            "blocks": {path: held.to_plain() for path, held in change.blocks.items()},
+            "ranges": self.state.ranges,
+            "streams": {
+                f"{account.stream:016x}": [getattr(account, name) for name in _ACCOUNT]
+                for account in change.accounts
+            },
+            "opens": {
+                f"{account.stream:016x}": account.open_raw
+                for account in change.accounts
+                if account.stream not in known
+            },
         }
-        payload = pack_map(
-            {
-                "store": self.state.store,
-                "position": change.position,
-                "clean": change.clean,
-                "files": {path: None if mark is None else list(mark) for path, mark in change.files.items()},
-                "streams": {
-                    f"{account.stream:016x}": [getattr(account, name) for name in _ACCOUNT]
-                    for account in change.accounts
-                },
-                "opens": opens,
-            }
-        )
-        head = _PREFIX_HEAD.pack(self._salt, len(payload), self._number)
-        check = struct.pack("<Q", xxh3_64_intdigest(head + payload))
-        return head + check + payload + bytes(-len(payload) & 7)
 
     def _rewrite(self) -> None:
         """Replace the log by one that holds the whole state."""
-        self._salt = int.from_bytes(os.urandom(8), "little")
-        self._number = 0
-        self._known = set()
-        table = self.state.table
-        accounts = [*table.tombstones.values(), *table.streams.values()]
-        whole = Change(self.state.position, dict(self.state.files), accounts, self.state.clean)
-        record = self._record(whole)
-        head = _MAGIC + struct.pack("<Q", self._salt)
-        head += struct.pack("<Q", xxh3_64_intdigest(head))
-        image = head.ljust(_HEADER_BYTES, b"\0") + record
-        size = max(LOG_BYTES, 4 * len(image) & ~7)
-        path, fresh = self._directory / LOG_NAME, self._directory / f"{LOG_NAME}.new"
-        fd = self._storage.open(fresh, write=True, create=True)
-        try:
-            self._storage.truncate(fd, 0)
-            write_all(self._storage, fd, [image.ljust(size, b"\0")], 0)
-            self._storage.fdatasync(fd)
-            self._storage.rename(fresh, path)
-            self._storage.sync_directory(self._directory)
-        except BaseException:
-            self._storage.close(fd)
-            raise
-        if self._fd >= 0:
-            self._storage.close(self._fd)
-        self._fd, self._size, self._end, self._number = fd, size, len(image), 1
+        state = self.state
+        accounts = [*state.table.tombstones.values(), *state.table.streams.values()]
+        whole = Change(state.position, dict(state.files), accounts, state.clean, dict(state.blocks))
+        self._file.begin([self._payload(whole, set())], 0, LOG_BYTES)
         self._known = {account.stream for account in accounts}
 
 
@@ -247,69 +240,22 @@ def read_commits(directory: Path, storage: Storage) -> tuple[CommitState, str]:
 
     For readers: takes no lock and changes nothing; the store may be running.
     """
-    return _load(directory / LOG_NAME, storage)
-
-
-def _load(path: Path, storage: Storage) -> tuple[CommitState, str]:
     state = CommitState()
-    if not path.exists():
+    image = read_image(directory / LOG_NAME, storage)
+    if image is None:
         return state, ""
-    fd = storage.open(path)
-    try:
-        image = memoryview(storage.pread(fd, storage.size(fd), 0))
-    finally:
-        storage.close(fd)
-    head = bytes(image[:16])
-    if (
-        len(image) < _HEADER_BYTES
-        or head[:8] != _MAGIC
-        or int.from_bytes(image[16:24], "little") != (xxh3_64_intdigest(head))
-    ):
-        return state, "the header is damaged"
-    salt = head[8:16]
-    at, number = _HEADER_BYTES, 0
-    while (found := _record_at(image, at, salt)) is not None and found[0] == number:
-        _apply_payload(state, found[2])
-        at, number = at + found[1], number + 1
-    if number == 0:
-        return state, "the first record is damaged"
-    damaged = number
-    while (later := _next_record(image, at, salt)) is not None:
-        start, record = later
-        at = start + record[1]
-        if record[0] > number:
-            _apply_payload(state, record[2])
-            number = record[0]
-    return state, f"record {damaged} is damaged, with valid ones behind it" if number > damaged else ""
+    found = scan(image, _MAGIC)
+    for _, payload in found.records:
+        _apply_payload(state, payload)
+    return state, found.damage
 
 
-def _record_at(image: memoryview, at: int, salt: bytes) -> tuple[int, int, dict[str, object]] | None:
-    """Return number, length and payload of the record at ``at``; None when there is no valid one."""
-    if at + _PREFIX.size > len(image) or image[at : at + 8] != salt:
-        return None
-    _, length, number, check = _PREFIX.unpack_from(image, at)
-    start = at + _PREFIX.size
-    if start + length > len(image):
-        return None
-    payload = image[start : start + length]
-    if xxh3_64_intdigest(bytes(image[at : at + 16]) + bytes(payload)) != check:
-        return None
-    try:
-        return number, _PREFIX.size + length + (-length & 7), unpack_map(payload)
-    except WireError:
-        return None
-
-
-def _next_record(
-    image: memoryview, at: int, salt: bytes
-) -> tuple[int, tuple[int, int, dict[str, object]]] | None:
-    whole = image.obj if isinstance(image.obj, bytes) else bytes(image)
-    while (at := whole.find(salt, at)) >= 0:
-        record = _record_at(image, at, salt)
-        if record is not None:
-            return at, record
-        at += 1
-    return None
+def _is_over(block: Block, mark: FileMark, change: Change) -> bool:
+    """Tell whether a change ends a block, of which ``mark`` is the mark."""
+    if block.file not in change.files:
+        return False
+    now = change.files[block.file]
+    return now is None or now.start != block.start or now.end < block.end or now.owner != mark.owner
 
 
 def _apply_payload(state: CommitState, payload: dict[str, object]) -> None:
@@ -324,7 +270,13 @@ def _apply_payload(state: CommitState, payload: dict[str, object]) -> None:
     ):
         return
     state.store = str(payload.get("store", ""))
+    ranges, blocks = payload.get("ranges"), payload.get("blocks")
+    state.ranges = ranges if type(ranges) is int else state.ranges
     change = Change(position, clean=payload.get("clean") is True)
+    for path, plain in blocks.items() if isinstance(blocks, dict) else ():
+        held = BlockStreams.from_plain(plain)
+        if held is not None and files.get(path) is not None:
+            change.blocks[path] = held
     for path, mark in files.items():
         if mark is None:
             change.files[path] = None

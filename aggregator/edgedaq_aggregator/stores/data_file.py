@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import xxhash
-from edgedaq.storage import Storage, write_all
+from edgedaq.storage import Buffer, Storage, write_all
 
 from edgedaq_aggregator.stores.commits import FileMark
+from edgedaq_aggregator.stores.ranges import BlockStreams, OpenBlock
 
 __all__ = ["Buffer", "Compressor", "DataFile"]
 
 FLUSH_BYTES = 1 << 20
 IOV_MAX = 512
 
-Buffer = bytes | bytearray | memoryview
 Compressor = Callable[[bytes], bytes]
 
 
@@ -57,15 +56,15 @@ class DataFile:
         self.pins = 0
         self.last_used = 0
         self._compress = compress
-        self._start = size
-        self._hash = xxhash.xxh3_64()
+        self.block = OpenBlock(size)
+        self._is_marked = True
         self._buffers: list[Buffer] = []
         self._buffered = 0
 
     @property
     def is_dirty(self) -> bool:
         """It was appended to since the last mark."""
-        return self.size > self._start or self._buffered > 0
+        return not self._is_marked
 
     @property
     def length(self) -> int:
@@ -83,6 +82,7 @@ class DataFile:
         Raises:
             OSError: The file must be recovered before it is used again.
         """
+        self._is_marked = False
         self._buffers.extend(buffers)
         self._buffered += sum(map(len, buffers))
         if self._buffered >= FLUSH_BYTES and self._compress is None:
@@ -103,19 +103,20 @@ class DataFile:
             part = buffers[start : start + IOV_MAX]
             write_all(storage, self.fd, part, self.size)
             for buffer in part:
-                self._hash.update(buffer)
+                self.block.extend(buffer)
                 self.size += len(buffer)
 
-    def restart(self) -> None:
-        """Count from ``size`` on what the next commit covers."""
-        self._start = self.size
-        self._hash = xxhash.xxh3_64()
+    def go_on(self, size: int, block: OpenBlock | None = None) -> None:
+        """Append at ``size``, to a block that ends there, else in a new one."""
+        self.size = size
+        self.block = block if block is not None and block.end == size else OpenBlock(size)
 
-    def mark(self) -> FileMark:
+    def mark(self) -> tuple[FileMark, BlockStreams]:
         """Return what a commit is to record now; what follows belongs to the next one."""
-        found = FileMark(
-            self.size, self._start, self._hash.intdigest(), self.header, self.owner, self.is_full
-        )
-        self.restart()
-        self.is_checked = False
+        block = self.block
+        mark = FileMark(self.size, block.start, block.digest, self.header, self.owner, self.is_full)
+        found = mark, block.held
+        if block.is_full:
+            self.block = OpenBlock(self.size)
+        self._is_marked, self.is_checked = True, False
         return found

@@ -28,9 +28,10 @@ import xxhash
 from edgedaq.errors import StoreError
 from edgedaq.storage import Storage
 
-from edgedaq_aggregator.stores.commits import FileMark
+from edgedaq_aggregator.stores.commits import FILES_MAX, Change, FileMark
 from edgedaq_aggregator.stores.data_file import Compressor, DataFile
 from edgedaq_aggregator.stores.file_names import PathRefusedError, numbered, resolve
+from edgedaq_aggregator.stores.ranges import BlockStreams, OpenBlock
 
 __all__ = ["DataFiles"]
 
@@ -61,6 +62,8 @@ class DataFiles:
         self._storage = storage
         self._marks = marks
         self._changes: dict[str, FileMark | None] = {}
+        self._grown: dict[str, BlockStreams] = {}
+        self._blocks: dict[str, OpenBlock] = {}
         self._open: dict[str, DataFile] = {}
         self._new_directories: set[Path] = set()
         self._clock = 0
@@ -151,19 +154,19 @@ class DataFiles:
             return True
         return False
 
-    def changes(self) -> tuple[dict[str, FileMark | None], list[DataFile], set[Path]]:
-        """Flush everything; return what a commit records, and the files and directories to sync before it."""
+    def changes(self, change: Change) -> tuple[list[DataFile], set[Path]]:
+        """Flush; tell a commit what it records; return the files and directories to sync before."""
         dirty = [file for file in self._open.values() if file.is_dirty or file.is_fresh]
         for file in dirty:
             file.flush(self._storage)
-        changes, self._changes = self._changes, {}
         for file in dirty:
-            changes[file.name] = file.mark()
+            self._mark(file)
             file.is_fresh = False
             file.pins += 1
-        self._marks.update({name: mark for name, mark in changes.items() if mark is not None})
+        change.files, self._changes = self._changes, {}
+        change.blocks, self._grown = self._grown, {}
         directories, self._new_directories = self._new_directories, set()
-        return changes, dirty, directories
+        return dirty, directories
 
     def committed(self, files: Sequence[DataFile]) -> None:
         """Be told that the files of ``changes`` are durable; closes those used longest ago."""
@@ -206,8 +209,8 @@ class DataFiles:
         if file is None:
             return None
         if mark is not None:
-            found, file.size = file.size, mark.end
-            file.restart()
+            found = file.size
+            file.go_on(mark.end, self._blocks.pop(name, None))
             if found == mark.end or self._is_known(file):
                 return file
             return self._candidate(directory, base, header, digest, compress)
@@ -220,9 +223,8 @@ class DataFiles:
         return file
 
     def _declare_file(self, file: DataFile) -> None:
-        mark = FileMark(file.size, file.size, 0, file.header)
-        self._declare(file.name, mark)
-        self._marks[file.name] = mark
+        self._marks[file.name] = FileMark(file.size, file.size, 0, file.header)
+        self._declare(file.name, self._marks[file.name])
 
     def _open_file(
         self, path: Path, name: str, digest: int, compress: Compressor | None, owner: int = 0
@@ -260,7 +262,7 @@ class DataFiles:
             if file.is_dirty:
                 file.flush(self._storage)
                 self._storage.fdatasync(file.fd)
-                self._marks[file.name] = self._changes[file.name] = file.mark()
+                self._mark(file)
             self._drop(file)
 
     def _own(
@@ -289,8 +291,7 @@ class DataFiles:
             message = f"{name} is being replaced by another process"
             raise StoreError(message)
         self._storage.truncate(file.fd, 0)
-        file.size = 0
-        file.restart()
+        file.go_on(0)
         file.replaces, file.is_fresh = path, True
         return file
 
@@ -350,6 +351,11 @@ class DataFiles:
             digest.update(self._storage.pread(fd, min(_CHECK_BYTES, mark.end - at), at))
         return digest.intdigest() == mark.digest
 
+    def _mark(self, file: DataFile) -> None:
+        mark, held = file.mark()
+        self._marks[file.name] = self._changes[file.name] = mark
+        self._grown[file.name] = held
+
     def _seal(self, name: str, reason: str) -> None:
         mark = self._marks.get(name, FileMark(0))._replace(sealed=True)
         self._marks[name] = self._changes[name] = mark
@@ -384,6 +390,9 @@ class DataFiles:
         file.is_gone, file.is_checked = True, False
         if self._open.get(file.name) is file:
             del self._open[file.name]
+            self._blocks[file.name] = file.block
+            while len(self._blocks) > FILES_MAX:
+                del self._blocks[next(iter(self._blocks))]
         if not file.pins:
             self._close_file(file)
 

@@ -166,8 +166,12 @@ class FileBackend:
         if held.options.period_ns:
             groups = by_time(frames, held.info.t_open_ns, held.options.period_ns)
         for period, group in groups:
-            for piece in each_or_refused(held.encoder.encode, group, refused):
-                self._append(stream, held, period, piece)
+            for taken, pieces in each_or_refused(_pieces_by(held.encoder), group, refused):
+                for piece in pieces:
+                    file = self._append(stream, held, period, piece)
+                if pieces:
+                    rows = sum(frame.rows for frame in taken)
+                    file.block.tell(stream, taken[0].seq, taken[-1].seq, rows)
         return refused
 
     def write_mark(self, mark: Mark) -> None:
@@ -189,7 +193,7 @@ class FileBackend:
     def commit(self, change: Change) -> Callable[[], None]:
         """See ``Backend``."""
         commits, storage = self._commits, self._storage
-        change.files, files, directories = self._files.changes()
+        files, directories = self._files.changes(change)
 
         def make_durable() -> None:
             for file in files:
@@ -245,7 +249,7 @@ class FileBackend:
             self.write_mark(mark)
         return FileOptions(path)
 
-    def _append(self, stream: int, held: _Stream, period: int, piece: Piece) -> None:
+    def _append(self, stream: int, held: _Stream, period: int, piece: Piece) -> DataFile:
         file = held.files.get((period, piece.header))
         if file is None or not self._files.is_usable(file):
             file = self._locate(stream, held, period, piece.header)
@@ -254,6 +258,7 @@ class FileBackend:
             file.append([piece.header], self._storage)
         file.append(piece.buffers, self._storage)
         file.is_full = 0 < held.options.rotate_bytes <= file.length
+        return file
 
     def _locate(self, stream: int, held: _Stream, period: int, header: bytes) -> DataFile:
         if len(held.files) > 8:
@@ -275,3 +280,8 @@ class FileBackend:
                 raise StoreError(str(e)) from e
             held.options = self._refused(stream, held.info, str(e))
             return self._locate(stream, held, -1, header)
+
+
+def _pieces_by(encoder: Encoder) -> Callable[[Sequence[Frame]], list[tuple[Sequence[Frame], list[Piece]]]]:
+    """Return what encodes frames, and says of which frames the pieces are."""
+    return lambda frames: [(frames, encoder.encode(frames))]
