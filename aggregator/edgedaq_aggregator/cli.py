@@ -1,4 +1,4 @@
-"""``edgedaq-aggregator``: run, check, status, nodes, tail, invite, revoke, standalone, demo."""
+"""``edgedaq-aggregator``: run it, look at it, let nodes in, prove, mend and end what it stores."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from edgedaq_aggregator.demo import run_demo
 from edgedaq_aggregator.ledger import format_ledger, read_ledger
 from edgedaq_aggregator.node_commands import add_invite, invite, revoke, show_nodes
 from edgedaq_aggregator.standalone import run_standalone
+from edgedaq_aggregator.stored import find_stored
+from edgedaq_aggregator.verify import format_report, verify
 
 __all__ = ["main"]
 
@@ -37,6 +39,7 @@ examples:
   edgedaq-aggregator invite NODE --config-dir configs/aggregator    what to type on a new node
   edgedaq-aggregator revoke NODE --config-dir configs/aggregator    nobody gets in with its key any more
   edgedaq-aggregator tail       --config-dir my_project job.hv      rows as they come
+  edgedaq-aggregator verify     out                                 prove that nothing is lost, from the files
   edgedaq-aggregator standalone --config-dir my_project --out data  jobs and stores on one machine
   edgedaq-aggregator demo       --out out --seconds 20              see it work, without any hardware
 
@@ -67,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         ("invite", _invite, "let a node join within the hour; print what to type there"),
         ("revoke", _revoke, "end a node's session and let its key in no more"),
         ("tail", _tail, "print rows as jobs of this directory put them, until Ctrl-C"),
+        ("verify", _verify, "prove from the files that produced = stored + waiting + dropped"),
         ("standalone", _standalone, "run jobs and stores of one directory on this machine until stopped"),
         ("demo", _demo, "run an aggregator and an agent with simulated and real data, then stop"),
     ):
@@ -78,8 +82,15 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(command=function)
-        if name != "demo":
+        if name not in ("demo", "verify"):
             add_config_dir(command)
+        if name == "verify":
+            command.add_argument(
+                "directory", type=Path, metavar="DIR", help="of the TOML files, or where files are stored"
+            )
+            command.add_argument(
+                "--moved-ok", action="store_true", help="files that are not there are no reason to fail"
+            )
         if name == "run":
             add_lifeline(command)
         if name in ("status", "nodes"):
@@ -142,6 +153,12 @@ def _revoke(options: argparse.Namespace) -> int:
 def _with_ledger(status: dict[str, Any]) -> dict[str, Any]:
     rows = read_ledger(Path(status["state_dir"]))
     return {**status, "ledger": format_ledger(rows)}
+
+
+def _verify(options: argparse.Namespace) -> int:
+    report = verify(find_stored(options.directory))
+    say(format_report(report))
+    return 0 if report.is_proven or (options.moved_ok and not report.problems) else 1
 
 
 def _standalone(options: argparse.Namespace) -> int:

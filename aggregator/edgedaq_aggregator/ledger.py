@@ -15,7 +15,7 @@ A stream that names a store of which there is none has a row too: all of it wait
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,9 +27,9 @@ from edgedaq.segment_reader import read_table
 from edgedaq.storage import OsStorage, Storage
 from edgedaq.tables import table
 
-from edgedaq_aggregator.stores.commits import LOG_NAME, CommitState, read_commits
+from edgedaq_aggregator.stores.commits import LOG_NAME, read_commits
 
-__all__ = ["LedgerRow", "format_ledger", "read_ledger"]
+__all__ = ["LedgerRow", "StoreAccounts", "format_ledger", "ledger_of", "read_ledger"]
 
 _COLUMNS = ("job", "stream", "tag", "store", "produced", "stored", "waiting", "dropped", "state")
 
@@ -57,6 +57,13 @@ class LedgerRow(NamedTuple):
     balances: bool
 
 
+class StoreAccounts(NamedTuple):
+    """What a store has of each stream, and its key in ``store_config``."""
+
+    key: str
+    table: StreamTable
+
+
 def read_ledger(state_dir: Path, *, storage: Storage | None = None) -> list[LedgerRow]:
     """Return the ledger of an aggregator, oldest streams first; empty where nothing ever arrived.
 
@@ -64,10 +71,19 @@ def read_ledger(state_dir: Path, *, storage: Storage | None = None) -> list[Ledg
         OSError: Its files cannot be read.
     """
     storage = storage or OsStorage()
-    journal = read_table(state_dir / "journal", storage=storage)
-    stores: dict[str, CommitState] = {}
+    stores: dict[str, StoreAccounts] = {}
     for path in sorted((state_dir / "stores").glob(f"*/{LOG_NAME}")):
-        stores[path.parent.name] = read_commits(path.parent, storage)[0]
+        committed = read_commits(path.parent, storage)[0]
+        stores[path.parent.name] = StoreAccounts(committed.store, committed.table)
+    return ledger_of(read_table(state_dir / "journal", storage=storage), stores)
+
+
+def ledger_of(journal: StreamTable, stores: Mapping[str, StoreAccounts]) -> list[LedgerRow]:
+    """Return the ledger of accounts, oldest streams first.
+
+    Args:
+        journal: Read no earlier than those of the stores.
+    """
     rows: list[LedgerRow] = []
     seen: set[int] = set()
     for state in _accounts(journal):
@@ -125,12 +141,12 @@ def _accounts(held: StreamTable) -> Iterator[StreamState]:
     yield from held.streams.values()
 
 
-def _rows_of(state: StreamState, stores: dict[str, CommitState]) -> Iterator[LedgerRow]:
+def _rows_of(state: StreamState, stores: Mapping[str, StoreAccounts]) -> Iterator[LedgerRow]:
     info = _info_of(state)
     if info is None:
         return
     for key in info.store_config:
-        takers = {name: found for name, found in stores.items() if found.store == key}
+        takers = {name: found for name, found in stores.items() if found.key == key}
         if not takers:
             yield _row(info, f"{key} (none)", state, None)
         for name, committed in takers.items():

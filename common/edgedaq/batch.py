@@ -30,6 +30,7 @@ __all__ = [
     "MESSAGE_COLUMN",
     "BatchDecoder",
     "arrow_body",
+    "arrow_schema",
     "arrow_schema_bytes",
     "event_of",
     "frame_columns",
@@ -138,6 +139,21 @@ def to_arrow(info: OpenInfo, frame: Frame) -> pa.RecordBatch:
         WireError: The body is not what OPEN and the header say.
     """
     return BatchDecoder(info).batches([frame])[0]
+
+
+def arrow_schema(info: OpenInfo) -> pa.Schema:
+    """Return the columns that record batches of a table have; a COLUMNS frame may widen one.
+
+    Raises:
+        WireError: It is no table, or tells no columns that pyarrow can read.
+    """
+    found: pa.Schema
+    if info.arrow_schema:
+        found = read_schema(info.arrow_schema)
+    else:
+        columns = _schema_of(info).columns
+        found = _pyarrow().schema([(column.name, _arrow_type(column)) for column in columns])
+    return found
 
 
 class BatchDecoder:

@@ -201,6 +201,7 @@ class StoreContract(StoreUnderTest):
             assert self.read_pairs(base, "a.dat") == a, f"operation {at}"
             assert self.read_pairs(base, "b.dat") == b, f"operation {at}"
             assert self.read_marks(base) == marks, f"operation {at}"
+            self.check_recorded(base)
 
     def test_a_killed_process_is_continued_by_the_next_one(self, tmp_path):
         feed, expected = killed_process.long_feed(self.config())

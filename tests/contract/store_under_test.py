@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,11 @@ from typing import Any, ClassVar
 from edgedaq.clock import mono_ns
 from edgedaq.frame import Kind
 from edgedaq.storage import OsStorage, Storage
+from edgedaq_aggregator.stores import READERS
 from edgedaq_aggregator.stores.backend import Backend, Refusal
 from edgedaq_aggregator.stores.engine import StoreEngine
 from edgedaq_aggregator.stores.loop import Cadence, StoreLoop
+from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
 
 from tests.contract.ended_calls import EndedCalls
 from tests.contract.faulty_storage import KilledStorage
@@ -87,6 +90,24 @@ class StoreUnderTest:
         finally:
             backend.close()
         return refusals
+
+    def check_recorded(self, base: Path) -> None:
+        """Ask the reader of the store, if it has one: all that was committed is there as it was."""
+        target = READERS.get(self.key)
+        if target is None:
+            return
+        module, _, make = target.partition(":")
+        place = StorePlace("store", base / "state", base / "out", self.reader_config(base))
+        reader: StoreReader = getattr(importlib.import_module(module), make)(place)
+        found = reader.check(lambda wanted: {stream: [] for stream in wanted})
+        assert (found.problems, found.notes, found.is_whole) == ([], [], True)
+        for account in [*reader.table.streams.values(), *reader.table.tombstones.values()]:
+            assert found.rows.get(account.stream, 0) == account.rows
+            assert found.marked.get(account.stream, 0) in (account.gap_rows, None)
+
+    def reader_config(self, base: Path) -> Any:  # noqa: ARG002
+        """Return the configuration of the store itself, where its reader needs one."""
+        return None
 
     @contextmanager
     def looping(

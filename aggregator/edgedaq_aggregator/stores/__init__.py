@@ -1,8 +1,8 @@
-"""Stores: one module per backend; the table tells where each is, without importing it."""
+"""Stores: one module per backend; the tables tell where each is, without importing it."""
 
 from __future__ import annotations
 
-__all__ = ["STORES"]
+__all__ = ["READERS", "STORES"]
 
 STORES = {
     "DAQJobStoreCSV": "edgedaq_aggregator.stores.csv:DAQJobStoreCSV",
@@ -12,3 +12,9 @@ STORES = {
     "DAQJobStoreMySQL": "edgedaq_aggregator.stores.mysql:DAQJobStoreMySQL",
     "DAQJobStoreRedis": "edgedaq_aggregator.stores.redis:DAQJobStoreRedis",
 }
+
+READERS = {
+    "csv": "edgedaq_aggregator.stores.csv:make_reader",
+    "raw": "edgedaq_aggregator.stores.raw:make_reader",
+}
+"""Key in ``store_config`` → what makes a ``reader.StoreReader`` of such a store."""

@@ -32,10 +32,13 @@ from edgedaq.store_config import DAQJobStoreConfigCSV
 
 from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.base import DAQJobStore
+from edgedaq_aggregator.stores.csv_tables import parse_lines
 from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
+from edgedaq_aggregator.stores.file_reader import FileReader
+from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
 from edgedaq_aggregator.stores.tables import TableDecoder, dumped
 
-__all__ = ["CsvFormat", "DAQJobStoreCSV"]
+__all__ = ["CsvFormat", "DAQJobStoreCSV", "make_reader"]
 
 _NEEDS_QUOTES = '[",\r\n]|^$'
 
@@ -190,3 +193,8 @@ class DAQJobStoreCSV(DAQJobStore):
     def make_backend(self, state_dir: Path, out_dir: Path) -> Backend:
         """See ``DAQJobStore``."""
         return FileBackend(CsvFormat(), state_dir, out_dir, OsStorage())
+
+
+def make_reader(place: StorePlace) -> StoreReader:
+    """Return what reads a CSV store back."""
+    return FileReader(place, CsvFormat(), parse_lines)

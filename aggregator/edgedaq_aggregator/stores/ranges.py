@@ -6,8 +6,8 @@ file's ``FileMark``, and its streams in the key ``blocks`` of the commit record.
 that no longer speaks of it, it is appended to ``ranges.log`` and made durable there. A death in between does
 so again: what comes twice in a row counts once.
 
-``ranges.log`` is a log as drawn in ``records.py``, magic ``b"EDQRNG01"``; its first number need not be 0. Commit
-records say how many numbers were given when they were written. Payload::
+``ranges.log`` is a log as drawn in ``records.py``, magic ``b"EDQRNG01"``; its first number need not be 0.
+Commit records say how many numbers were given when they were written. Payload::
 
     file     str     path below out_dir
     start    int     the block is these bytes of the file; one that begins before the end of the block before
@@ -32,7 +32,7 @@ from xxhash import xxh3_64
 
 from edgedaq_aggregator.stores.records import RecordFile, read_image, scan
 
-__all__ = ["RANGES_NAME", "Block", "BlockStreams", "OpenBlock", "RangeLog", "read_ranges"]
+__all__ = ["RANGES_NAME", "Block", "BlockStreams", "OpenBlock", "RangeLog", "Ranges", "read_ranges"]
 
 RANGES_NAME = "ranges.log"
 BLOCK_BYTES = 64 << 20
@@ -173,8 +173,16 @@ class RangeLog:
         self._file.close()
 
 
-def read_ranges(directory: Path, storage: Storage, upto: int) -> tuple[list[Block], str]:
-    """Return the blocks of a store that are over, in order, and what is damaged (empty: nothing).
+class Ranges(NamedTuple):
+    """Blocks that are over, in order; whether all that ever were are among them; what is damaged (or empty)."""
+
+    blocks: list[Block]
+    is_whole: bool
+    damage: str
+
+
+def read_ranges(directory: Path, storage: Storage, upto: int) -> Ranges:
+    """Return the blocks of a store that are over.
 
     For readers: takes no lock and changes nothing; the store may be running.
 
@@ -183,10 +191,11 @@ def read_ranges(directory: Path, storage: Storage, upto: int) -> tuple[list[Bloc
     """
     image = read_image(directory / RANGES_NAME, storage)
     if image is None:
-        return [], ""
+        return Ranges([], not upto, "")
     found = scan(image, _MAGIC, first=None)
-    blocks = [_block(payload) for number, payload in found.records if number < upto]
-    return _once(block for block in blocks if block is not None), found.damage
+    read = [_block(payload) for number, payload in found.records if number < upto]
+    blocks = [block for block in read if block is not None]
+    return Ranges(_once(blocks), len(blocks) == upto, found.damage)
 
 
 def _once(blocks: Iterable[Block]) -> list[Block]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
-from edgedaq.batch import raw_body, raw_messages
-from edgedaq.errors import ConfigError
+import pyarrow as pa
+from edgedaq.batch import MESSAGE_COLUMN, BatchDecoder, raw_body, raw_messages
+from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Frame, Kind
 from edgedaq.open_info import OpenInfo
 from edgedaq.storage import OsStorage
@@ -23,8 +25,11 @@ from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.base import DAQJobStore
 from edgedaq_aggregator.stores.data_file import Buffer
 from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
+from edgedaq_aggregator.stores.file_reader import FileReader
+from edgedaq_aggregator.stores.ranges import Block
+from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
 
-__all__ = ["DAQJobStoreRaw", "RawFormat"]
+__all__ = ["DAQJobStoreRaw", "RawFormat", "make_reader"]
 
 _LENGTH = struct.Struct("<I")
 
@@ -94,3 +99,43 @@ class DAQJobStoreRaw(DAQJobStore):
     def make_backend(self, state_dir: Path, out_dir: Path) -> Backend:
         """See ``DAQJobStore``."""
         return FileBackend(RawFormat(), state_dir, out_dir, OsStorage())
+
+
+def make_reader(place: StorePlace) -> StoreReader:
+    """Return what reads a raw store back."""
+    return FileReader(place, RawFormat(), _parse)
+
+
+def _parse(info: OpenInfo, block: Block, data: bytes) -> Any:
+    """Return messages, or the rows of a packed table.
+
+    Raises:
+        StoreError: Nothing in the file tells where a row or a message ends.
+    """
+    rows = sum(told[2] for told in block.held.streams.values())
+    has_lengths = _convert(info.store_config.get("raw")).length_prefix
+    parts = _split(data) if has_lengths else [data]
+    if info.form == "table":
+        body = b"".join(parts)
+        frame = Frame(Kind.PACKED, 0, rows, 0, 0, 0, 0, 0, memoryview(body), memoryview(b""))
+        try:
+            return pa.Table.from_batches(BatchDecoder(info).batches([frame]))
+        except WireError as e:
+            message = (
+                f"{block.file}: its rows are not of fixed width, and cannot be read back from a raw file"
+            )
+            raise StoreError(message) from e
+    if not has_lengths and rows != 1:
+        message = f"{block.file}: {rows} messages back to back; only with length_prefix are they told apart"
+        raise StoreError(message)
+    return pa.table({MESSAGE_COLUMN: pa.array(parts, pa.binary())})
+
+
+def _split(data: bytes) -> list[bytes]:
+    parts: list[bytes] = []
+    at = 0
+    while at < len(data):
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size + length
+        parts.append(data[at - length : at])
+    return parts

@@ -1,0 +1,62 @@
+"""An aggregator's directory made from a ``Feed``: a journal, stores fed from it, and what they stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from edgedaq.delivery import StreamTable
+from edgedaq.segment_file import list_segments
+from edgedaq.segment_format import Record
+from edgedaq.segment_reader import SegmentReader
+from edgedaq.segments import SegmentLog
+from edgedaq.storage import OsStorage
+from edgedaq_aggregator.stores.csv import CsvFormat
+from edgedaq_aggregator.stores.engine import StoreEngine
+from edgedaq_aggregator.stores.file_backend import FileBackend, FileFormat
+from edgedaq_aggregator.stores.raw import RawFormat
+
+from tests.contract.store_feed import Feed
+
+FORMATS: dict[str, Callable[[], FileFormat]] = {"csv": CsvFormat, "raw": RawFormat}
+
+
+class StoredFeed:
+    """``out_dir`` with ``.state`` within."""
+
+    def __init__(self, out_dir: Path) -> None:
+        self.out_dir = out_dir
+        self.state_dir = out_dir / ".state"
+        self._journaled = 0
+        self._fed: dict[str, int] = {}
+        (self.state_dir / "stores").mkdir(parents=True)
+
+    def journal(self, feed: Feed) -> None:
+        """Append what is new; positions of the feed are not those of the journal."""
+        with SegmentLog(self.state_dir / "journal", segment_bytes=1 << 20, limit_bytes=64 << 20) as log:
+            log.append([e.frame for e in feed.records[self._journaled :] if isinstance(e, Record)])
+            log.sync()
+        self._journaled = len(feed.records)
+
+    def store(self, key: str, until: int | None = None, *, per_commit: int = 2) -> None:
+        """Let a store take what is journaled and new to it, up to so many records of it."""
+        journal = self.state_dir / "journal"
+        own = self.state_dir / "stores" / f"store_{key}"
+        backend = FileBackend(FORMATS[key](), own, self.out_dir, OsStorage())
+        try:
+            engine = StoreEngine(key, backend, lambda _: None)
+            begin = engine.position
+            with SegmentReader(journal, begin or list_segments(OsStorage(), journal)[0]) as reader:
+                if begin is None:
+                    engine.begin(reader.position, StreamTable())
+                records = []
+                while found := reader.read((1 << 64) - 1):
+                    records += [entry for entry in found if isinstance(entry, Record)]
+            records = records[:until]
+            for at in range(0, len(records), per_commit):
+                engine.take(records[at : at + per_commit])
+                engine.commit()()
+                engine.committed_now()
+            engine.commit(is_clean=True)()
+        finally:
+            backend.close()
