@@ -174,7 +174,7 @@ class RangeLog:
 
 
 class Ranges(NamedTuple):
-    """Blocks that are over, in order; whether all that ever were are among them; what is damaged (or empty)."""
+    """Blocks that are over, in order; whether they are all that ever were; what is damaged, or empty."""
 
     blocks: list[Block]
     is_whole: bool
