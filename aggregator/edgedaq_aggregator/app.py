@@ -234,6 +234,7 @@ def _plans(aggregator: Aggregator, listen: str, own_key: str) -> list[WorkerPlan
         "limit": aggregator.journal[0],
         "reserve": aggregator.journal[1],
         "keep": config.journal.keep,
+        "store_limit": config.journal.store_limit,
         "stores": [file.unique_id for file in aggregator.files if file.is_store],
         "has_keys": config.has_keys,
         "own_key": own_key,

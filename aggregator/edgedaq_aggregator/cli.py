@@ -22,8 +22,10 @@ from edgedaq.tail import add_tail, run_tail
 
 from edgedaq_aggregator import app
 from edgedaq_aggregator.demo import run_demo
+from edgedaq_aggregator.forget import forget
 from edgedaq_aggregator.ledger import format_ledger, read_ledger
 from edgedaq_aggregator.node_commands import add_invite, invite, revoke, show_nodes
+from edgedaq_aggregator.restore import restore
 from edgedaq_aggregator.standalone import run_standalone
 from edgedaq_aggregator.stored import find_stored
 from edgedaq_aggregator.verify import format_report, verify
@@ -40,6 +42,10 @@ examples:
   edgedaq-aggregator revoke NODE --config-dir configs/aggregator    nobody gets in with its key any more
   edgedaq-aggregator tail       --config-dir my_project job.hv      rows as they come
   edgedaq-aggregator verify     out                                 prove that nothing is lost, from the files
+  edgedaq-aggregator restore    --config-dir configs/aggregator store_csv
+                                                                    store again what the journal still has
+  edgedaq-aggregator forget     --config-dir configs/aggregator old_store
+                                                                    wait no longer for a store that is gone
   edgedaq-aggregator standalone --config-dir my_project --out data  jobs and stores on one machine
   edgedaq-aggregator demo       --out out --seconds 20              see it work, without any hardware
 
@@ -71,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         ("revoke", _revoke, "end a node's session and let its key in no more"),
         ("tail", _tail, "print rows as jobs of this directory put them, until Ctrl-C"),
         ("verify", _verify, "prove from the files that produced = stored + waiting + dropped"),
+        ("restore", _restore, "let a store begin anew with all that the journal still has"),
+        ("forget", _forget, "close the ledger of a store that is no longer configured"),
         ("standalone", _standalone, "run jobs and stores of one directory on this machine until stopped"),
         ("demo", _demo, "run an aggregator and an agent with simulated and real data, then stop"),
     ):
@@ -84,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         if name not in ("demo", "verify"):
             add_config_dir(command)
+        if name in ("restore", "forget"):
+            command.add_argument("store", metavar="STORE", help="its unique id: the name of its TOML file")
         if name == "verify":
             command.add_argument(
                 "directory", type=Path, metavar="DIR", help="of the TOML files, or where files are stored"
@@ -159,6 +169,16 @@ def _verify(options: argparse.Namespace) -> int:
     report = verify(find_stored(options.directory))
     say(format_report(report))
     return 0 if report.is_proven or (options.moved_ok and not report.problems) else 1
+
+
+def _restore(options: argparse.Namespace) -> int:
+    say(restore(app.load(options.config_dir), options.store))
+    return 0
+
+
+def _forget(options: argparse.Namespace) -> int:
+    say(forget(app.load(options.config_dir), options.store))
+    return 0
 
 
 def _standalone(options: argparse.Namespace) -> int:

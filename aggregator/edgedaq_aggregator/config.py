@@ -14,6 +14,7 @@
     limit = "20 GiB"
     reserve = "1 GiB"                       # of the disk, left free
     keep = "256 MiB"                        # kept after all stores have it, for stores that come later
+    store_limit = "10 GiB"                  # a store that is further behind gets a gap
 
     [lanes.data]                            # of the uplink that jobs of the aggregator itself have
     spool_after = "200 ms"
@@ -43,6 +44,7 @@ class JournalOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     limit: Annotated[Bytes, msgspec.Meta(gt=0)] | None = None
     reserve: Bytes | None = None
     keep: Bytes = 256 << 20
+    store_limit: Annotated[Bytes, msgspec.Meta(gt=0)] | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 4 * self.segment:

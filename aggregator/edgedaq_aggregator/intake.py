@@ -42,6 +42,7 @@ class IntakeConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
         limit: What the journal may take on disk; then the agents keep their data.
         reserve: What it leaves free on the file system.
         keep: What is kept for stores that come later.
+        store_limit: How far a store may be behind.
         stores: Stores that are configured.
         has_keys: Whether nodes are let in by their keys; without, the address is this machine's alone.
         own_key: Public key of this aggregator's own uplink, if there is one.
@@ -52,6 +53,7 @@ class IntakeConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
     limit: Annotated[Bytes, msgspec.Meta(gt=0)] = 20 << 30
     reserve: Annotated[Bytes, msgspec.Meta(ge=0)] = 1 << 30
     keep: Annotated[Bytes, msgspec.Meta(ge=0)] = 256 << 20
+    store_limit: Annotated[Bytes, msgspec.Meta(gt=0)] | None = None
     stores: tuple[str, ...] = ()
     has_keys: bool = False
     own_key: str = ""
@@ -119,6 +121,7 @@ class Intake(DAQJob):
             segment_bytes=config.segment,
             reserve_bytes=config.reserve,
             keep_bytes=config.keep,
+            store_bytes=config.store_limit,
             stores=config.stores,
             context=context,
         )

@@ -53,6 +53,7 @@ def journal_facts(journal: Journal, problem: str) -> dict[str, Any]:
         "used_bytes": journal.used_bytes,
         "disk_bytes": journal.disk_bytes,
         "stores": journal.stores,
+        "left_behind": journal.left_behind,
         "problem": problem,
     }
 

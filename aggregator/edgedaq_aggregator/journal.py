@@ -2,7 +2,9 @@
 
 It belongs to the intake, which appends and polls; a committer makes it durable in a thread of its own;
 stores follow it from their own processes (``journal_client.py``), told how far on ``<runtime>/journal.sock``.
-Segments go when every registered store is through with them and ``keep_bytes`` lie behind them.
+Segments go when every registered store is through with them and ``keep_bytes`` lie behind them. A store that
+is further behind than ``store_bytes``, or than another one when no room is left, is left behind: what it misses
+becomes a mark when it comes to read it. Where all are as far behind, nothing goes, and nodes keep their data.
 
 The journal is cut at a hole that nobody was told to be durable (``resends``): agents still have what was in
 it. A new journal begins at a position taken from the clock, so that a store that followed an earlier one in
@@ -23,6 +25,7 @@ from edgedaq.committer import Committer
 from edgedaq.delivery import StreamTable
 from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.frame import Frame
+from edgedaq.log_limit import LogLimit
 from edgedaq.logsetup import get_logger
 from edgedaq.names import check_name
 from edgedaq.segment_recovery import RecoveryReport
@@ -31,6 +34,7 @@ from edgedaq.storage import Storage
 
 from edgedaq_aggregator.journal_messages import (
     MESSAGE_BYTES_MAX,
+    Forget,
     FromFollower,
     Position,
     Register,
@@ -60,6 +64,7 @@ class Journal:
         limit_bytes: What the files may take.
         keep_bytes: What is kept although no registered store needs it, for stores that come later; gives way
             when the limit is reached.
+        store_bytes: How far a store may be behind; None: as far as there is room.
         stores: Stores that are configured: waited for from now on, although they may not have started yet.
 
     All of it is used by one thread. Must be closed.
@@ -78,11 +83,15 @@ class Journal:
         segment_bytes: int = 64 << 20,
         reserve_bytes: int = 0,
         keep_bytes: int = 0,
+        store_bytes: int | None = None,
         stores: Sequence[str] = (),
         context: zmq.Context[Any] | None = None,
         storage: Storage | None = None,
     ) -> None:
         self._keep_bytes = keep_bytes
+        self._store_bytes = store_bytes
+        self._left_behind: dict[str, int] = {}
+        self._complaints: dict[str, LogLimit] = {}
         self._context = context if context is not None else zmq.Context.instance()
         self._logger = get_logger(journal=str(directory))
         self._followers: dict[bytes, str] = {}
@@ -165,9 +174,14 @@ class Journal:
         """The registered stores, and up to where each is done."""
         return dict(self._registry.positions)
 
+    @property
+    def left_behind(self) -> dict[str, int]:
+        """Stores that were left behind since the start, and how many bytes of the journal each has missed."""
+        return dict(self._left_behind)
+
     def would_fit(self, size_bytes: int) -> bool:
         """Tell whether frames of that many bytes can be appended now."""
-        return self._log.would_fit(size_bytes) or (self._trim(0) and self._log.would_fit(size_bytes))
+        return self._log.would_fit(size_bytes) or (self._make_room() and self._log.would_fit(size_bytes))
 
     def append(self, frames: Sequence[Frame]) -> int:
         """Write frames judged ``ACCEPT`` by ``table``; returns the end that ``durable`` has to reach.
@@ -178,7 +192,7 @@ class Journal:
         try:
             return self._log.append(frames)
         except LogFull as e:
-            if not self._trim(0):
+            if not self._make_room():
                 raise
             kept = e.kept
         finally:
@@ -261,6 +275,10 @@ class Journal:
 
     def _take(self, route: bytes, request: FromFollower) -> None:
         store = check_name("store", request.store)
+        if isinstance(request, Forget):
+            self._logger.info("journal.store_forgotten", store=store, was_known=self.forget(store))
+            self._send(route, Tail(self._log.begin, self._log.durable))
+            return
         if isinstance(request, Position) and self._followers.get(route) == store:
             if request.position <= self._log.durable:
                 self._registry.advance(store, request.position)
@@ -276,7 +294,7 @@ class Journal:
         self._logger.info("journal.store_registered", store=store, position=start, is_new=is_new)
         self._send(route, Tail(self._log.begin, self._log.durable, start))
 
-    def _start_of(self, store: str, request: FromFollower) -> int:
+    def _start_of(self, store: str, request: Register | Position) -> int:
         begin, durable = self._log.begin, self._log.durable
         if request.position is not None:
             return request.position if request.position <= durable else begin
@@ -305,7 +323,37 @@ class Journal:
         """Give back what no store needs but for ``keep_bytes``; returns whether that was anything."""
         before = self._log.begin
         needed = min(self._registry.positions.values(), default=self._log.durable)
-        return self._log.trim(min(needed, self._kept_from(keep_bytes))) > before
+        if self._store_bytes is not None:
+            needed = max(needed, self._log.durable - self._store_bytes)
+        begin = self._log.trim(min(needed, self._kept_from(keep_bytes)))
+        self._tell_left_behind(before, begin)
+        return begin > before
+
+    def _make_room(self) -> bool:
+        """Give back what no store needs; if that is nothing, what the one that is furthest has; a segment."""
+        if self._trim(0):
+            return True
+        before, sizes = self._log.begin, self._log.sizes()
+        furthest = max(self._registry.positions.values(), default=0)
+        if len(sizes) < 2 or furthest < sizes[1][0]:
+            return False
+        begin = self._log.trim(sizes[1][0])
+        self._tell_left_behind(before, begin)
+        return begin > before
+
+    def _tell_left_behind(self, before: int, begin: int) -> None:
+        for store, position in self._registry.positions.items():
+            missed = begin - max(position, before)
+            if missed <= 0:
+                continue
+            self._left_behind[store] = self._left_behind.get(store, 0) + missed
+            count = self._complaints.setdefault(store, LogLimit()).note(mono_ns())
+            if count:
+                missed_bytes = self._left_behind[store]
+                reason = "it is too far behind, and gets a gap"
+                self._logger.error(
+                    "journal.store_left_behind", store=store, missed_bytes=missed_bytes, reason=reason
+                )
 
     def _kept_from(self, keep_bytes: int) -> int:
         """Return where the newest segments begin that together have ``keep_bytes``."""

@@ -7,6 +7,8 @@
                                              ◄──  TAIL {begin, durable, start}: begin reading at ``start``
       POSITION {store, position}             ──►  all before it is durable in the store
                                              ◄──  TAIL {begin, durable}: and each time durable moves
+      FORGET {store}                         ──►  the journal waits for this store no longer
+                                             ◄──  TAIL {begin, durable}
 
 The follower repeats REGISTER until it is answered, and POSITION once a second also when nothing has changed:
 a journal that was started anew answers a POSITION of somebody it does not know as if it were a REGISTER.
@@ -23,6 +25,7 @@ from edgedaq.errors import WireError
 
 __all__ = [
     "MESSAGE_BYTES_MAX",
+    "Forget",
     "FromFollower",
     "Position",
     "Register",
@@ -52,6 +55,12 @@ class Position(msgspec.Struct, tag="POSITION", tag_field="type", frozen=True):
     position: int
 
 
+class Forget(msgspec.Struct, tag="FORGET", tag_field="type", frozen=True):
+    """A store will not come again; said by a person's command, not by a follower."""
+
+    store: str
+
+
 class Tail(msgspec.Struct, tag="TAIL", tag_field="type", frozen=True):
     """What of the journal may be read."""
 
@@ -60,7 +69,7 @@ class Tail(msgspec.Struct, tag="TAIL", tag_field="type", frozen=True):
     start: int | None = None
 
 
-FromFollower = Register | Position
+FromFollower = Register | Position | Forget
 
 _REQUEST = msgspec.msgpack.Decoder(FromFollower)
 _TAIL = msgspec.msgpack.Decoder(Tail)
@@ -71,7 +80,7 @@ def socket_address(runtime_dir: Path) -> str:
     return f"ipc://{runtime_dir}/journal.sock"
 
 
-def encode(message: Register | Position | Tail) -> bytes:
+def encode(message: FromFollower | Tail) -> bytes:
     """Return a message as bytes."""
     return msgspec.msgpack.encode(message)
 
@@ -90,7 +99,9 @@ def decode_request(parts: list[bytes]) -> FromFollower:
     except msgspec.MsgspecError as e:
         message = f"a follower of the journal says what is not known here: {e}"
         raise WireError(message) from e
-    if request.position is not None and not 0 <= request.position <= _POSITION_MAX:
+    if isinstance(request, Forget) or request.position is None:
+        return request
+    if not 0 <= request.position <= _POSITION_MAX:
         message = f"a position must be 0 to {_POSITION_MAX}, got {request.position}"
         raise WireError(message)
     return request

@@ -170,7 +170,9 @@ class Out:
             and stream in ("", mark["stream"])
         ]
         names = ["store", *MARKS_HEADER.decode().strip().split(",")]
-        columns = {name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}
+        columns: dict[str, Any] = {
+            name: pa.array([row.get(name) for row in rows], pa.string()) for name in names
+        }
         for name in ("first_seq", "last_seq", "rows"):
             texts = [text or None for text in columns[name].to_pylist()]
             columns[name] = pa.array(texts, pa.string()).cast(pa.int64())
@@ -239,9 +241,9 @@ def _between(
         column = column.cast(pa.timestamp("ns", tz="UTC")).cast(pa.int64())
     is_wanted: Any = pc.is_valid(column)
     if start is not None:
-        is_wanted = pc.and_(is_wanted, pc.greater_equal(column, _utc_ns(start)))
+        is_wanted = pc.and_(is_wanted, pc.greater_equal(column, pa.scalar(_utc_ns(start))))
     if end is not None:
-        is_wanted = pc.and_(is_wanted, pc.less(column, _utc_ns(end)))
+        is_wanted = pc.and_(is_wanted, pc.less(column, pa.scalar(_utc_ns(end))))
     return table.filter(is_wanted)
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from edgedaq.segment_format import Hole, Record
 from edgedaq.segment_reader import SegmentReader
 from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.journal_client import JournalFollower
-from edgedaq_aggregator.journal_messages import Position, Register, Tail, encode, socket_address
+from edgedaq_aggregator.journal_messages import Forget, Position, Register, Tail, encode, socket_address
 
 from tests.aggregator.serving import serving
 from tests.common.log_model import SEGMENT_BYTES, QuickStorage, frames_in, open_of, raw_of
@@ -194,6 +195,50 @@ def test_a_full_journal_takes_no_more_than_its_stores_let_go(make):
         with pytest.raises(StoreError, match="limit"):
             journal.append(_frames(300))
         assert not journal.would_fit(SEGMENT_BYTES)
+
+
+def test_at_its_limit_a_store_that_is_behind_another_gets_a_hole_and_the_others_go_on(make, follow):
+    with make(stores=["csv", "dead"], limit_bytes=4 * SEGMENT_BYTES) as journal:
+        journal.append([open_of(1)])
+        with follow("csv") as follower:
+            for seq in range(1, 400):
+                assert journal.would_fit(600), seq
+                end = journal.append([raw_of(1, seq, 500)])
+                _until(partial(_is_durable, journal, end))
+                with serving(journal) if seq == 1 else nullcontext():
+                    if seq == 1:
+                        _until(lambda: follower.read(10) or follower.position is not None)
+                follower.report(end)
+                journal.service(time.monotonic_ns())
+        assert journal.left_behind["dead"] > 0
+        assert "csv" not in journal.left_behind
+        with serving(journal), follow("dead") as late:
+            found = _read(late, 2)
+        assert isinstance(found[0], Hole)
+        assert found[0].reason == "trimmed"
+        assert isinstance(found[1], Record)
+        assert found[0].table is not None
+        assert found[0].table.streams[1].next_seq == found[1].frame.seq
+
+
+def test_a_store_further_behind_than_its_own_limit_is_left_behind(make):
+    with make(stores=["csv"], limit_bytes=64 * SEGMENT_BYTES, store_bytes=3 * SEGMENT_BYTES) as journal:
+        journal.append([open_of(1)])
+        for seq in range(1, 400):
+            end = journal.append([raw_of(1, seq, 500)])
+            _until(partial(_is_durable, journal, end))
+            journal.service(time.monotonic_ns() + seq * 10**9)
+        assert journal.left_behind["csv"] > 0
+        assert journal.durable - journal.begin <= 5 * SEGMENT_BYTES
+
+
+def test_a_store_is_forgotten_by_a_word_on_the_socket(make, context, runtime_dir):
+    with make(stores=["csv", "gone"]) as journal, context.socket(zmq.DEALER) as person:
+        person.connect(socket_address(runtime_dir))
+        with serving(journal):
+            person.send(encode(Forget("gone")))
+            assert person.poll(5000)
+        assert set(journal.stores) == {"csv"}
 
 
 def test_a_follower_outlives_the_journal_s_process(make, follow):

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from edgedaq.errors import StoreError
 from edgedaq.job import DAQJob
 from edgedaq.memory import keep_large_blocks
 
 from edgedaq_aggregator.journal_client import JournalFollower
 from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.loop import Cadence, StoreLoop
+from edgedaq_aggregator.stores.reader import StorePlace
 
 __all__ = ["DAQJobStore"]
 
@@ -41,6 +43,16 @@ class DAQJobStore(DAQJob):
     def cadence(self) -> Cadence:
         """Return when it commits."""
         return Cadence()
+
+    @classmethod
+    def put_away(cls, place: StorePlace) -> list[Path]:
+        """Put away all that is stored, so that the store begins anew; return where files are now.
+
+        Raises:
+            StoreError: This cannot be done, or not now.
+        """
+        message = f"{place.name}: only a store of files can be restored in its place; name a new one instead"
+        raise StoreError(message)
 
     def start(self) -> None:
         """Store until asked to stop."""

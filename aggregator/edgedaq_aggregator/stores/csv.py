@@ -35,6 +35,7 @@ from edgedaq_aggregator.stores.base import DAQJobStore
 from edgedaq_aggregator.stores.csv_tables import parse_lines
 from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
 from edgedaq_aggregator.stores.file_reader import FileReader
+from edgedaq_aggregator.stores.put_away import put_files_away
 from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
 from edgedaq_aggregator.stores.tables import TableDecoder, dumped
 
@@ -193,6 +194,11 @@ class DAQJobStoreCSV(DAQJobStore):
     def make_backend(self, state_dir: Path, out_dir: Path) -> Backend:
         """See ``DAQJobStore``."""
         return FileBackend(CsvFormat(), state_dir, out_dir, OsStorage())
+
+    @classmethod
+    def put_away(cls, place: StorePlace) -> list[Path]:
+        """See ``DAQJobStore``."""
+        return put_files_away(place)
 
 
 def make_reader(place: StorePlace) -> StoreReader:

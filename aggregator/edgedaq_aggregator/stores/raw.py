@@ -26,6 +26,7 @@ from edgedaq_aggregator.stores.base import DAQJobStore
 from edgedaq_aggregator.stores.data_file import Buffer
 from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
 from edgedaq_aggregator.stores.file_reader import FileReader
+from edgedaq_aggregator.stores.put_away import put_files_away
 from edgedaq_aggregator.stores.ranges import Block
 from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
 
@@ -99,6 +100,11 @@ class DAQJobStoreRaw(DAQJobStore):
     def make_backend(self, state_dir: Path, out_dir: Path) -> Backend:
         """See ``DAQJobStore``."""
         return FileBackend(RawFormat(), state_dir, out_dir, OsStorage())
+
+    @classmethod
+    def put_away(cls, place: StorePlace) -> list[Path]:
+        """See ``DAQJobStore``."""
+        return put_files_away(place)
 
 
 def make_reader(place: StorePlace) -> StoreReader:
