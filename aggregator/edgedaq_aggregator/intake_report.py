@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgedaq.clock import iso_utc
+from edgedaq.clock import iso_utc, mono_ns
 from edgedaq.delivery import StreamTable
 
 from edgedaq_aggregator.gatekeeper import Gatekeeper
 from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.judging import StreamOwners
+from edgedaq_aggregator.lag import JournalFill
 from edgedaq_aggregator.nodes import NodeCounts
 from edgedaq_aggregator.refusals import Refusals
 
-__all__ = ["journal_facts", "security_facts", "stream_accounts"]
+__all__ = ["journal_facts", "note_fill", "security_facts", "stream_accounts"]
 
 _OPEN_MAX = 2000
 _ENDED_MAX = 256
@@ -44,7 +45,17 @@ def stream_accounts(table: StreamTable, owners: StreamOwners) -> dict[str, list[
     return accounts
 
 
-def journal_facts(journal: Journal, problem: str) -> dict[str, Any]:
+def note_fill(journal: Journal, fill: JournalFill, log: Any) -> None:
+    """Look how full the journal is, and log what is news."""
+    positions = journal.stores
+    slowest = min(positions, key=lambda store: positions[store], default="")
+    waiting_bytes = max(journal.durable - max(positions.get(slowest, 0), journal.begin), 0) if slowest else 0
+    told = fill.note(mono_ns() / 1e9, waiting_bytes, journal.limit_bytes, slowest)
+    if told is not None:
+        log.warning(told.event, **told.facts)
+
+
+def journal_facts(journal: Journal, problem: str, full_in_s: float | None) -> dict[str, Any]:
     """Return the state of the journal; ``problem`` says why it takes nothing, if so."""
     return {
         "begin": journal.begin,
@@ -54,6 +65,8 @@ def journal_facts(journal: Journal, problem: str) -> dict[str, Any]:
         "disk_bytes": journal.disk_bytes,
         "stores": journal.stores,
         "left_behind": journal.left_behind,
+        "limit_bytes": journal.limit_bytes,
+        "full_in_s": full_in_s,
         "problem": problem,
     }
 

@@ -3,8 +3,8 @@
 It belongs to the intake, which appends and polls; a committer makes it durable in a thread of its own;
 stores follow it from their own processes (``journal_client.py``), told how far on ``<runtime>/journal.sock``.
 Segments go when every registered store is through with them and ``keep_bytes`` lie behind them. A store that
-is further behind than ``store_bytes``, or than another one when no room is left, is left behind: what it misses
-becomes a mark when it comes to read it. Where all are as far behind, nothing goes, and nodes keep their data.
+is further behind than ``store_bytes``, or than another one when no room is left, is left behind: what it
+misses becomes a mark when it comes to read it. Where all are as far behind, nodes keep their data.
 
 The journal is cut at a hole that nobody was told to be durable (``resends``): agents still have what was in
 it. A new journal begins at a position taken from the clock, so that a store that followed an earlier one in
@@ -88,6 +88,8 @@ class Journal:
         context: zmq.Context[Any] | None = None,
         storage: Storage | None = None,
     ) -> None:
+        self.limit_bytes = limit_bytes
+        """What the files may take."""
         self._keep_bytes = keep_bytes
         self._store_bytes = store_bytes
         self._left_behind: dict[str, int] = {}

@@ -28,10 +28,11 @@ from edgedaq.session_messages import Lives, Refused, Resend
 from edgedaq.transport import FLAG_REPLAY, MAX_PART_BYTES, WINDOW_BYTES, unpack_data_header
 
 from edgedaq_aggregator.gatekeeper import Gatekeeper
-from edgedaq_aggregator.intake_report import journal_facts, security_facts, stream_accounts
+from edgedaq_aggregator.intake_report import journal_facts, note_fill, security_facts, stream_accounts
 from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.judging import Judged, Problem, StreamOwners, judge_part
 from edgedaq_aggregator.live_relay import LiveRelay
+from edgedaq_aggregator.lag import JournalFill
 from edgedaq_aggregator.orphans import closing_frames
 from edgedaq_aggregator.peers import Peers
 from edgedaq_aggregator.refusals import Refusals
@@ -86,6 +87,7 @@ class Reception:
         self._take_rows = take_rows
         self._log = get_logger()
         self._owners = StreamOwners(journal.table)
+        self._fill = JournalFill()
         self._touched: set[bytes] = set()
         """Sessions that sent something since the last acknowledgements."""
         self._awaited: set[bytes] = set()
@@ -297,6 +299,7 @@ class Reception:
         if now_ns >= self._next_report_ns:
             self._next_report_ns = now_ns + _REPORT_NS
             self._owners.forget_expired(self._journal.table)
+            note_fill(self._journal, self._fill, self._log)
             self._report = self._make_report(now_ns)
 
     def _bytes_to_go_on(self, now_ns: int) -> int:
@@ -336,7 +339,7 @@ class Reception:
         return {
             "listen": self._address,
             "nodes": {name: node.to_map(now_ns) for name, node in self._peers.nodes.items()},
-            "journal": journal_facts(self._journal, self._journal_problem()),
+            "journal": journal_facts(self._journal, self._journal_problem(), self._fill.full_in_s),
             "streams": stream_accounts(self._journal.table, self._owners),
             "set_aside": self._bad.count,
             "security": security_facts(self._gatekeeper, self._refusals, self._peers.nodes),

@@ -1,7 +1,7 @@
 """``restore STORE``: a store begins anew, with all that the journal still has; for a loss, or a new backend.
 
 Nothing is stored here. What the store has is put away, and it is registered where the journal begins; when
-the aggregator runs again, the store follows from there as it always does, beside the others and the intake, and
+the aggregator runs again, the store follows from there as it always does, beside the others and the intake;
 ``status`` and the log tell how far it is. So it is exact: each retained row once, and a mark for each stream
 that says what is older. An end in between does no harm: call it again.
 """

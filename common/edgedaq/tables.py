@@ -58,9 +58,10 @@ def format_status(status: Mapping[str, Any], *, width: int = WIDTH) -> str:
         parts.append(table(_JOB_COLUMNS, [_job_cells(job) for job in jobs], width=width))
         reasons = [_text(f"{job.get('unique_id')}: {job['reason']}") for job in jobs if job.get("reason")]
         parts += ["\n".join(line[:width] for line in reasons)] if reasons else []
+    queues = {row.get("unique_id"): row.get("message_in_queue_size") for row in rows.get("jobs", ())}
     for name, columns, cells in (
         ("uplink", _UPLINK_COLUMNS, _uplink_cells),
-        ("store", _STORE_COLUMNS, _store_cells),
+        ("store", _STORE_COLUMNS, lambda job: _store_cells(job, queues.get(job.get("unique_id")))),
     ):
         found = [cells(job) for job in jobs if job.get("group") == name]
         if found:
@@ -68,6 +69,7 @@ def format_status(status: Mapping[str, Any], *, width: int = WIDTH) -> str:
             parts.append("\n".join([table(columns, found, width=width), *(p[:width] for p in problems)]))
     told = [line for job in jobs for line in _told(job)]
     parts += ["\n".join(line[:width] for line in told)] if told else []
+    parts += [line[:width] for job in jobs if (line := _journal_line(job))]
     if rows.get("nodes"):
         parts.append(table(tuple(_NODE_CELLS), [_node_cells(row) for row in rows["nodes"]], width=width))
     if isinstance(status.get("ledger"), str) and status["ledger"]:
@@ -145,7 +147,7 @@ _JOB_COLUMNS = (
     "cpu %",
 )
 _UPLINK_COLUMNS = ("uplink", "link", "up for", "in flight", "spool", "oldest waiting")
-_STORE_COLUMNS = ("store", "state", "stored", "waiting", "lag", "files")
+_STORE_COLUMNS = ("store", "state", "stored", "waiting", "rows", "lag", "through in", "files")
 _NODE_CELLS = {
     "node": "supervisor",
     "alive": "is_alive",
@@ -203,17 +205,33 @@ def _uplink_cells(job: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def _store_cells(job: Mapping[str, Any]) -> list[Any]:
+def _store_cells(job: Mapping[str, Any], waiting_rows: Any) -> list[Any]:
     extra = _extra(job)
-    lag_s = extra.get("lag_s")
+    lag_s, through_in_s = extra.get("lag_s"), extra.get("through_in_s")
     return [
         job.get("unique_id"),
         extra.get("state"),
         extra.get("stored_rows"),
         _bytes(extra.get("lag_bytes")),
+        waiting_rows,
         None if lag_s is None else format_seconds(lag_s),
+        None if through_in_s is None else format_seconds(through_in_s),
         extra.get("files"),
     ]
+
+
+def _journal_line(job: Mapping[str, Any]) -> str:
+    """Return how full the journal of an intake is, and when it will be; empty for other jobs."""
+    journal = _extra(job).get("journal")
+    if not isinstance(journal, dict) or not isinstance(journal.get("limit_bytes"), int):
+        return ""
+    full_in_s = journal.get("full_in_s")
+    when = "" if full_in_s is None else f", full in {format_seconds(full_in_s)} at this rate"
+    missed = journal.get("left_behind") or {}
+    lost = "".join(f"; {store} was left behind, {_bytes(count)} missed" for store, count in missed.items())
+    return _text(
+        f"journal: {_bytes(journal.get('disk_bytes'))} of {_bytes(journal['limit_bytes'])}{when}{lost}"
+    )
 
 
 def _problems(job: Mapping[str, Any]) -> list[str]:

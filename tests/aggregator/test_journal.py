@@ -347,7 +347,8 @@ import zmq
 from edgedaq_aggregator.journal import Journal
 from tests.aggregator.serving import serving
 from tests.common.log_model import SEGMENT_BYTES, open_of, raw_of
-journal = Journal(Path(sys.argv[1]), Path(sys.argv[2]), limit_bytes=1 << 24, segment_bytes=SEGMENT_BYTES)
+journal = Journal(Path(sys.argv[1]), Path(sys.argv[2]), limit_bytes=1 << 24, segment_bytes=SEGMENT_BYTES,
+    stores=["csv"])
 poller = zmq.Poller()
 for one in journal.pollables():
     poller.register(one, zmq.POLLIN)

@@ -27,6 +27,7 @@ from edgedaq.delivery import StreamTable
 from edgedaq.errors import StoreError
 from edgedaq.segment_format import Hole, Record
 
+from edgedaq_aggregator.lag import StoreLag
 from edgedaq_aggregator.stores.backend import Backend, Refusal
 from edgedaq_aggregator.stores.engine import StoreEngine
 
@@ -122,6 +123,7 @@ class StoreLoop:
         self._past: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
         self._past_by_node: dict[str, int] = {}
         self._tails: list[tuple[int, float]] = []
+        self._lag = StoreLag()
         self._report: dict[str, Any] = {}
         self._report_due_s = 0.0
         self._last_commit_s = 0.0
@@ -250,6 +252,10 @@ class StoreLoop:
         newest = list(engine.committed.values())[-REPORTED_STREAMS_MAX:]
         position = engine.committed_position or follower.position or 0
         lag_bytes = max(follower.tail - position, 0)
+        lag_s = round(self._lag_s(position, follower.tail, now), 3)
+        told = self._lag.note(now, lag_bytes, lag_s)
+        if told is not None:
+            (self._log.warning if told.is_warning else self._log.info)(told.event, **told.facts)
         self.in_count, self.in_bytes = counts["in_count"], counts["in_bytes"]
         self.last_in_ns = engine.last_in_ns or self.last_in_ns
         self._report = {
@@ -257,7 +263,8 @@ class StoreLoop:
             **engine.facts(),
             "stored": {node: {"stored_rows": rows} for node, rows in by_node.items()},
             "lag_bytes": lag_bytes,
-            "lag_s": round(self._lag_s(position, follower.tail, now), 3),
+            "lag_s": lag_s,
+            "through_in_s": self._lag.through_in_s,
             "last_commit_s": round(max(now - self._last_commit_s, 0.0), 3) if self._last_commit_s else None,
             "streams": {
                 f"{state.stream:016x}": [state.next_seq, state.rows, state.gap_rows, state.closed]
