@@ -250,6 +250,7 @@ class AppendStoreContract(FileStoreContract, StorageStoreContract):
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert {stream: self.read_pairs(tmp_path, f"{stream}.dat") for stream in expected} == expected
+        self.check_recorded(tmp_path)
 
     def test_a_file_that_may_not_be_written_any_more_is_left_alone(self, tmp_path):
         feed = Feed()

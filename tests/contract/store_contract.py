@@ -222,6 +222,7 @@ class StoreContract(StoreUnderTest):
         assert kills
         self.feed_all(tmp_path, feed)
         assert self.read_pairs(tmp_path, "data.dat") == expected
+        self.check_recorded(tmp_path)
 
     def test_a_kill_during_recovery_is_recovered_too(self, tmp_path):
         feed, a, b = self.mixed_feed()
@@ -234,6 +235,7 @@ class StoreContract(StoreUnderTest):
         self.feed_all(tmp_path, feed)
         assert self.read_pairs(tmp_path, "a.dat") == a
         assert self.read_pairs(tmp_path, "b.dat") == b
+        self.check_recorded(tmp_path)
 
     def test_without_the_watermark_rows_would_be_stored_twice(self, tmp_path):
         # The same feed with the safety removed, so that the tests above are known to see a repetition.
