@@ -14,6 +14,7 @@ Nothing is changed. The first problem of the report is the first discrepancy.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,8 @@ from edgedaq.errors import StoreError, WireError
 from edgedaq.frame import DATA_KINDS, Frame, Kind, decode
 from edgedaq.open_info import decode_open
 from edgedaq.segment_file import list_segments
-from edgedaq.segment_format import Hole, file_name
-from edgedaq.segment_reader import SegmentReader
+from edgedaq.segment_format import Hole, Record, file_name
+from edgedaq.segment_reader import SegmentReader, table_at
 from edgedaq.storage import OsStorage
 
 from edgedaq_aggregator.ledger import LedgerRow, StoreAccounts, format_ledger, ledger_of
@@ -35,6 +36,8 @@ from edgedaq_aggregator.stores.reader import Checked, Problem, StoreReader
 __all__ = ["Report", "format_report", "verify"]
 
 _FOR_EVER = (1 << 64) - 1
+_LOOKS = 4
+_LOOK_AGAIN_S = 0.05
 _SHOWN_MAX = 20
 
 
@@ -158,18 +161,40 @@ class _Journal:
         return frames
 
     def _entries(self) -> Iterator[tuple[int, Frame | Hole | StreamTable]]:
+        """Yield the account at the begin, then what follows, each with its position.
+
+        Beside a running writer a record may be seen half written: a hole counts if it is still there later.
+        """
         firsts = list_segments(self._storage, self._directory)
         if not firsts:
             return
-        with SegmentReader(self._directory, firsts[0], storage=self._storage) as reader:
-            yield firsts[0], reader.table_at_start()
-            while found := reader.read(_FOR_EVER):
-                for entry in found:
-                    if isinstance(entry, Hole):
-                        if entry.last != _FOR_EVER:  # else it is the end
-                            yield entry.first, entry
-                    else:
+        at = firsts[0]
+        yield at, table_at(self._directory, at, storage=self._storage)
+        doubted, looks = -1, 0
+        while True:
+            with SegmentReader(self._directory, at, storage=self._storage) as reader:
+                for entry in _read_all(reader):
+                    if isinstance(entry, Record):
                         yield entry.position, entry.frame
+                        continue
+                    if entry.last == _FOR_EVER:
+                        return
+                    if entry.table is not None:
+                        yield entry.first, entry.table
+                        continue
+                    looks = looks + 1 if entry.first == doubted else 1
+                    if looks < _LOOKS:
+                        at = doubted = entry.first
+                        time.sleep(_LOOK_AGAIN_S)
+                        break
+                    yield entry.first, entry
+                else:
+                    return
+
+
+def _read_all(reader: SegmentReader) -> Iterator[Record | Hole]:
+    while found := reader.read(_FOR_EVER):
+        yield from found
 
 
 def _apply(table: StreamTable, frame: Frame) -> None:
