@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from edgedaq.delivery import StreamTable
 from edgedaq.segment_file import list_segments
 from edgedaq.segment_format import Record
 from edgedaq.segment_reader import SegmentReader
@@ -48,7 +47,7 @@ class StoredFeed:
             begin = engine.position
             with SegmentReader(journal, begin or list_segments(OsStorage(), journal)[0]) as reader:
                 if begin is None:
-                    engine.begin(reader.position, StreamTable())
+                    engine.begin(reader.position, reader.table_at_start())
                 records = []
                 while found := reader.read((1 << 64) - 1):
                     records += [entry for entry in found if isinstance(entry, Record)]

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 from edgedaq.runtime_dir import InstanceLock
+from edgedaq.segments import SegmentLog
 from edgedaq.storage import OsStorage
 from edgedaq_aggregator.cli import main
 from edgedaq_aggregator.journal_registry import StoreRegistry
 from edgedaq_aggregator.ledger import read_ledger
 from edgedaq_aggregator.stored import find_stored
-from edgedaq_aggregator.verify import verify
+from edgedaq_aggregator.stores.raw import DAQJobStoreRaw
+from edgedaq_aggregator.stores.reader import StorePlace
+from edgedaq_aggregator.verify import format_report, verify
 
 from tests.aggregator.stored_feed import StoredFeed
 from tests.contract.store_feed import NODE, Feed
@@ -82,6 +85,34 @@ def test_files_that_were_lost_are_stored_again(made):
         data.read_bytes()[at : at + 16] for at in range(0, len(whole), 16)
     )
     assert verify(find_stored(made.out_dir)).is_proven
+
+
+def test_what_is_older_than_the_journal_becomes_a_mark_also_of_streams_that_have_ended(made):
+    feed = Feed()
+    for stream in (11, 12, 13):
+        feed.open(stream, {"raw": {"file_path": "b.bin"}}, job=f"job{stream}")
+    for part in range(5):
+        feed.pairs(11, part * 20_000, 20_000)
+        feed.pairs(12, part * 20_000, 20_000)
+    feed.close(11)
+    for part in range(5):
+        feed.pairs(13, part * 20_000, 20_000)
+    made = StoredFeed(made.out_dir.parent / "more")
+    made.journal(feed)
+    made.store("raw")
+    with SegmentLog(made.state_dir / "journal", segment_bytes=1 << 20, limit_bytes=64 << 20) as log:
+        log.trim(log.end)
+        assert len(log.sizes()) < 3
+    place = StorePlace("store_raw", made.state_dir / "stores" / "store_raw", made.out_dir)
+    DAQJobStoreRaw.put_away(place)
+    made.store("raw")
+    report = verify(find_stored(made.out_dir))
+    assert report.is_proven, format_report(report)
+    by_job = {row.job: row for row in report.rows}
+    assert (by_job["job11"].stored, by_job["job11"].dropped, by_job["job11"].closed) == (0, 100_000, True)
+    assert by_job["job12"].dropped == 100_000
+    assert 0 < by_job["job13"].stored < 100_000
+    assert by_job["job13"].stored + by_job["job13"].dropped == 100_000
 
 
 def test_a_second_restore_puts_the_first_away_too(made):

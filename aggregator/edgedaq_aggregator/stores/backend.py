@@ -10,6 +10,9 @@ and decide when to commit. A backend writes, and makes data and watermarks durab
 
 ``make_durable`` may run in another thread while the next rows are written. After any error everything since
 the last durable commit is void: ``recover`` returns to it, and the same rows come again.
+
+A store may also offer a reader (``reader.py``, one line in ``stores.READERS``): then ``verify`` proves what
+it has, and ``reading`` gives its rows back. The contract's ``check_recorded`` asks it after every end.
 """
 
 from __future__ import annotations

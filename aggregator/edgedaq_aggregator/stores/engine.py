@@ -107,19 +107,18 @@ class StoreEngine:
         return stream not in self._foreign
 
     def begin(self, position: int, known: StreamTable) -> None:
-        """Learn where reading begins, and which streams are open there.
+        """Learn where reading begins, and which streams there are.
 
         Args:
             known: The account of all streams at ``position``; those of this store that it does not have are
-                taken from there on, with a mark that says what came before.
+                taken from there on, with a mark that says what came before; also of those that have ended.
         """
         self.position = position
-        still_open = StreamTable(dict(known.streams))
         is_ours = self._is_ours(known)
         for stream in known.streams:
             if not is_ours(stream):
                 self._pass_over(stream)
-        for frame in bridge(self._held, still_open, "not in the journal when it began", is_ours):
+        for frame in bridge(self._held, known, "not in the journal when it began", is_ours):
             self._take(frame, position)
 
     def take(self, entries: Iterable[Record | Hole]) -> None:
