@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedaq.command_line import refuse_broken, run_supervisor
-from edgedaq.config_dir import JobFile, load_jobs, require_directory
+from edgedaq.config_dir import JobFile, destinations, load_jobs, require_directory
 from edgedaq.errors import ConfigError
 from edgedaq.keys import enrolment_path
 from edgedaq.lane_options import LaneSpec, fit_lanes
@@ -131,7 +131,11 @@ def run(config_dir: Path, *, lifeline_fd: int | None = None) -> int:
 
 def _setup(agent: Agent, lifeline_fd: int | None) -> SupervisorSetup:
     place = agent.place
-    uplink = {"aggregator": agent.config.aggregator, "enrolment": str(enrolment_path(place.config_dir))}
+    uplink = {
+        "aggregator": agent.config.aggregator,
+        "enrolment": str(enrolment_path(place.config_dir)),
+        "stored": destinations(agent.files),
+    }
     plans = [job_plan(file, place) for file in agent.files]
     plans.append(uplink_plan(uplink, place, config_file=agent.path))
 

@@ -10,7 +10,7 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ import zmq
 from edgedaq.bad_files import BadFiles
 from edgedaq.clock import mono_ns
 from edgedaq.lane_options import LaneSpec
+from edgedaq.logsetup import get_logger
 from edgedaq.session_messages import Ack, Hello, Lives, Report
 from edgedaq.transport import PART_BYTES, PART_BYTES_MIN
 
@@ -67,6 +68,7 @@ class Carrier:
         took: Called with the rows and bytes of what arrives.
         lives_after_s: Age of a session, and pause, after which it tells which lives there are: long enough
             that two nodes of one name, which displace each other, never do.
+        stored: Where the data of each job is to be stored: keys in ``store_config``.
 
     Raises:
         LogError: A spool cannot be opened.
@@ -83,7 +85,10 @@ class Carrier:
         context: zmq.Context[Any],
         took: Callable[[int, int], object],
         lives_after_s: float,
+        stored: Mapping[str, Sequence[str]],
     ) -> None:
+        self._stored = stored
+        self._unstored = ""
         self._bad = BadFiles(state_dir / "bad")
         self._rings_dir = rings_dir
         self._lives_after_ns = int(lives_after_s * 1e9)
@@ -212,6 +217,23 @@ class Carrier:
         for lane in self._lanes:
             lane.begin_session()
         self._note_sent()
+        self._look_for_stores()
+
+    def _look_for_stores(self) -> None:
+        """Tell of jobs whose data goes to stores that the aggregator does not have."""
+        known = self._session.stores
+        missing = [
+            f"{key} (of {job})"
+            for job, keys in self._stored.items()
+            for key in keys
+            if known is not None and key not in known
+        ]
+        text = (
+            f"the aggregator has no store for {', '.join(missing)}; kept for a while only" if missing else ""
+        )
+        if text and text != self._unstored:
+            get_logger().warning("store.missing", reason=text)
+        self._unstored = text
 
     def _note_sent(self) -> None:
         self._session.sent = [lane.lane.sent for lane in self._lanes]
@@ -301,6 +323,7 @@ class Carrier:
             "session_age_s": (now_ns - session.begun_ns) / 1e9 if is_up else None,
             **{key: sum(facts[key] for facts in lanes.values()) for key in _SUMMED},
             "spool_problem": "; ".join(text for text in problems if not text.endswith(": ")),
+            "store_problem": self._unstored,
             "oldest_unacknowledged_s": max(facts["oldest_unacknowledged_s"] for facts in lanes.values()),
             "set_aside": self._bad.count,
             "window_bytes": self._window.limit_bytes(now_ns),

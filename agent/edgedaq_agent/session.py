@@ -85,6 +85,8 @@ class Session:
         self.begun_ns = 0
         self.credit = 0
         """Position up to which each lane may send before the first ACK."""
+        self.stores: list[str] | None = None
+        """Keys in ``store_config`` that the aggregator has stores for, as far as it says."""
         self.sent: list[int] = []
         """Position up to which each lane has sent in this session, kept by the owner; told with each PING."""
         self.live_topics: Sequence[str] = ()
@@ -247,6 +249,7 @@ class Session:
         self.number += 1
         self.begun_ns = now_ns
         self.credit = welcome.credit
+        self.stores = welcome.stores
         self.sent = []
         self.reason = ""
         self._log.info("session.begun", protocol=welcome.protocol, version=welcome.version)

@@ -45,12 +45,14 @@ class UplinkConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
         enrolment: File that ``join`` writes; empty: there is none to be, and no keys.
         lanes: ``data`` first.
         lives_after: See ``Carrier``.
+        stored: Where the data of each job is to be stored: keys in ``store_config``.
     """
 
     lanes: Annotated[list[LaneSpec], msgspec.Meta(min_length=1, max_length=16)]
     lives_after: Annotated[Seconds, msgspec.Meta(gt=0)] = 30.0
     aggregator: str = ""
     enrolment: str = ""
+    stored: dict[str, list[str]] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.aggregator:
@@ -92,6 +94,7 @@ class Uplink(DAQJob):
             context=zmq.Context.instance(),
             took=self.context.took,
             lives_after_s=config.lives_after,
+            stored=config.stored,
         ) as carrier:
             self._carrier = carrier
             carrier.run(lambda: self.is_stopping, self.stop_fd)

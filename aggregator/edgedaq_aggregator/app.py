@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedaq.command_line import refuse_broken, run_supervisor
-from edgedaq.config_dir import JobFile, load_jobs, missing_stores, require_directory
+from edgedaq.config_dir import JobFile, destinations, load_jobs, missing_stores, require_directory
 from edgedaq.errors import ConfigError, WireError
 from edgedaq.keys import ENROLMENT_NAME, Enrolment, aggregator_keys, new_key_pair, write_enrolment
 from edgedaq.lane_options import LaneSpec, fit_lanes
@@ -32,6 +32,7 @@ from edgedaq.main_config import (
 from edgedaq.plans import Place, check_rings, job_plan, part_plan, uplink_plan
 from edgedaq.registry import JOB_TABLE, STORE_TABLE, load_class, load_table
 from edgedaq.stats import NodeReport
+from edgedaq.store_config import STORE_TYPES
 from edgedaq.supervisor import INTAKE, Supervisor, SupervisorSetup
 from edgedaq.worker_process import WorkerPlan
 
@@ -223,9 +224,10 @@ def _plans(aggregator: Aggregator, listen: str, own_key: str) -> list[WorkerPlan
     config, place, path = aggregator.config, aggregator.place, aggregator.path
     plans = [job_plan(file, place) for file in aggregator.files if not file.is_store]
     if place.lanes:
-        uplink = {"aggregator": listen}
+        uplink: dict[str, Any] = {"aggregator": listen}
         if own_key:
             uplink = {"enrolment": str(place.runtime_dir / ENROLMENT_NAME)}
+        uplink["stored"] = destinations(aggregator.files)
         plans.append(uplink_plan(uplink, place, config_file=path))
     own = replace(place, lanes=())
     intake = {
@@ -238,6 +240,7 @@ def _plans(aggregator: Aggregator, listen: str, own_key: str) -> list[WorkerPlan
         "stores": [file.unique_id for file in aggregator.files if file.is_store],
         "has_keys": config.has_keys,
         "own_key": own_key,
+        "store_keys": _store_keys(aggregator),
     }
     plans.append(
         part_plan(
@@ -252,6 +255,13 @@ def _plans(aggregator: Aggregator, listen: str, own_key: str) -> list[WorkerPlan
     )
     plans += [job_plan(file, own) for file in aggregator.files if file.is_store]
     return plans
+
+
+def _store_keys(aggregator: Aggregator) -> list[str] | None:
+    """Return the keys in ``store_config`` that there are stores for; None if one is of a type of its own."""
+    keys = {job_type: key for key, job_type in STORE_TYPES.items()}
+    types = {file.job_type for file in aggregator.files if file.is_store}
+    return sorted(keys[one] for one in types) if types <= keys.keys() else None
 
 
 def _check(aggregator: Aggregator) -> None:

@@ -46,6 +46,7 @@ class IntakeConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
         stores: Stores that are configured.
         has_keys: Whether nodes are let in by their keys; without, the address is this machine's alone.
         own_key: Public key of this aggregator's own uplink, if there is one.
+        store_keys: What they are called in ``store_config``; None: unknown.
     """
 
     listen: str
@@ -57,6 +58,7 @@ class IntakeConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
     stores: tuple[str, ...] = ()
     has_keys: bool = False
     own_key: str = ""
+    store_keys: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         self.listen = check_address("listen", self.listen, listens=True, has_keys=self.has_keys)
@@ -107,6 +109,7 @@ class Intake(DAQJob):
                 take_report=self._forward,
                 take_rows=self.context.took,
                 live=live,
+                stores=config.store_keys,
             )
             self._reception = reception
             stack.callback(reception.close)

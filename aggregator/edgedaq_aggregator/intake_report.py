@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edgedaq.clock import iso_utc, mono_ns
 from edgedaq.delivery import StreamTable
+from edgedaq.frame import Frame, Kind
 
 from edgedaq_aggregator.gatekeeper import Gatekeeper
 from edgedaq_aggregator.journal import Journal
@@ -15,11 +16,13 @@ from edgedaq_aggregator.lag import JournalFill
 from edgedaq_aggregator.nodes import NodeCounts
 from edgedaq_aggregator.refusals import Refusals
 
-__all__ = ["journal_facts", "note_fill", "security_facts", "stream_accounts"]
+__all__ = ["Unstored", "journal_facts", "note_fill", "security_facts", "stream_accounts"]
 
 _OPEN_MAX = 2000
 _ENDED_MAX = 256
 _CLONED_MAX = 10
+_TOLD_MAX = 1000
+_NAMED_MAX = 5
 
 
 def stream_accounts(table: StreamTable, owners: StreamOwners) -> dict[str, list[Any]]:
@@ -43,6 +46,38 @@ def stream_accounts(table: StreamTable, owners: StreamOwners) -> dict[str, list[
                 list(facts.stores),
             ]
     return accounts
+
+
+class Unstored:
+    """Jobs whose streams name a store that there is none of.
+
+    Args:
+        stores: Keys in ``store_config`` that there are stores for; None: unknown.
+    """
+
+    def __init__(self, stores: Sequence[str] | None) -> None:
+        self._stores = stores
+        self._told: dict[str, None] = {}
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, in words; empty: nothing."""
+        names = ", ".join(list(self._told)[:_NAMED_MAX])
+        return f"there is no store for {names}: kept for a while only" if names else ""
+
+    def note(self, frames: Iterable[Frame], owners: StreamOwners, log: Any) -> None:
+        """Look at the streams that frames open, and log each job and store once."""
+        if self._stores is None:
+            return
+        for frame in frames:
+            facts = owners.facts.get(frame.stream) if frame.kind is Kind.OPEN else None
+            for key in facts.stores if facts is not None else ():
+                name = "" if facts is None else f"{key} (of {facts.node}/{facts.job})"
+                if key not in self._stores and name not in self._told and len(self._told) < _TOLD_MAX:
+                    self._told[name] = None
+                    log.warning(
+                        "store.missing", reason=f"there is no store for {name}; kept for a while only"
+                    )
 
 
 def note_fill(journal: Journal, fill: JournalFill, log: Any) -> None:

@@ -9,7 +9,7 @@ not: a newer one follows); one that takes nothing for long loses its session.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgedaq.clock import mono_ns, utc_ns
@@ -63,6 +63,7 @@ class Peers:
         take_report: Called with the report of a node.
         take_lives: Called with what a node says of the lives that it still has something of.
         live: Says what to ask of the nodes' live topics, and shows it.
+        stores: Keys in ``store_config`` that there are stores for; None: unknown.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Peers:
         take_report: Callable[[dict[str, Any]], object],
         take_lives: Callable[[Session, Lives], object],
         live: LiveRelay | None = None,
+        stores: Sequence[str] | None = None,
     ) -> None:
         self._live = live
+        self._stores = stores
         self.sessions = Sessions()
         self.nodes: dict[str, NodeCounts] = {}
         self._router = router
@@ -289,6 +292,7 @@ class Peers:
             max_frame_bytes=MAX_FRAME_BYTES,
             max_part_bytes=MAX_PART_BYTES,
             t_utc_ns=utc_ns(),
+            stores=None if self._stores is None else list(self._stores),
         )
         self.send(session, welcome)
 

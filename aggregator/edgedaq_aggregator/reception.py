@@ -14,7 +14,7 @@ All of it is used by one thread; ``report`` may be read by another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
@@ -28,11 +28,17 @@ from edgedaq.session_messages import Lives, Refused, Resend
 from edgedaq.transport import FLAG_REPLAY, MAX_PART_BYTES, WINDOW_BYTES, unpack_data_header
 
 from edgedaq_aggregator.gatekeeper import Gatekeeper
-from edgedaq_aggregator.intake_report import journal_facts, note_fill, security_facts, stream_accounts
+from edgedaq_aggregator.intake_report import (
+    Unstored,
+    journal_facts,
+    note_fill,
+    security_facts,
+    stream_accounts,
+)
 from edgedaq_aggregator.journal import Journal
 from edgedaq_aggregator.judging import Judged, Problem, StreamOwners, judge_part
-from edgedaq_aggregator.live_relay import LiveRelay
 from edgedaq_aggregator.lag import JournalFill
+from edgedaq_aggregator.live_relay import LiveRelay
 from edgedaq_aggregator.orphans import closing_frames
 from edgedaq_aggregator.peers import Peers
 from edgedaq_aggregator.refusals import Refusals
@@ -59,6 +65,7 @@ class Reception:
         take_report: Called with the report of a node.
         take_rows: Called with how many rows and bytes were accepted.
         live: For the nodes' live topics; outlives it.
+        stores: Keys in ``store_config`` that there are stores for; None: unknown.
 
     Must be closed.
 
@@ -80,7 +87,9 @@ class Reception:
         take_rows: Callable[[int, int], object],
         window_bytes: int = WINDOW_BYTES,
         live: LiveRelay | None = None,
+        stores: Sequence[str] | None = None,
     ) -> None:
+        self._unstored = Unstored(stores)
         self._address = address
         self._journal = journal
         self._bad = bad
@@ -110,6 +119,7 @@ class Reception:
             take_report=take_report,
             take_lives=self._take_lives,
             live=live,
+            stores=stores,
         )
         self._poller = zmq.Poller()
         for item in (self._router.socket, self._router.monitor, *journal.pollables()):
@@ -218,6 +228,7 @@ class Reception:
             self._log.error("frame.doubted", node=session.node, reason=str(e))
         node.add(judged)
         self._take_rows(judged.rows, judged.body_bytes)
+        self._unstored.note(judged.accepted, self._owners, self._log)
         return True
 
     def _take_lives(self, session: Session, message: Lives) -> None:
@@ -343,4 +354,5 @@ class Reception:
             "streams": stream_accounts(self._journal.table, self._owners),
             "set_aside": self._bad.count,
             "security": security_facts(self._gatekeeper, self._refusals, self._peers.nodes),
+            "store_problem": self._unstored.problem,
         }

@@ -21,7 +21,15 @@ from edgedaq.registry import load_class, resolve
 from edgedaq.store_config import STORE_TYPES, DAQJobStoreConfig
 from edgedaq.typed_toml import read_toml
 
-__all__ = ["MAIN_FILES", "RESERVED_IDS", "JobFile", "load_jobs", "missing_stores", "require_directory"]
+__all__ = [
+    "MAIN_FILES",
+    "RESERVED_IDS",
+    "JobFile",
+    "destinations",
+    "load_jobs",
+    "missing_stores",
+    "require_directory",
+]
 
 MAIN_FILES = ("agent.toml", "aggregator.toml")
 RESERVED_IDS = ("uplink", "intake")
@@ -97,6 +105,12 @@ def missing_stores(files: Iterable[JobFile]) -> list[str]:
         for name, key, _ in _destinations(file)
         if STORE_TYPES[key] not in present
     ]
+
+
+def destinations(files: Iterable[JobFile]) -> dict[str, list[str]]:
+    """Return the keys in ``store_config`` of each job that has some, by its unique id."""
+    found = {file.unique_id: sorted({key for _, key, _ in _destinations(file)}) for file in files}
+    return {job: keys for job, keys in found.items() if keys}
 
 
 def _destinations(file: JobFile) -> Iterator[tuple[str, str, Any]]:

@@ -101,7 +101,10 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The session is open; ``credit`` holds for each lane."""
+    """The session is open; ``credit`` holds for each lane.
+
+    ``stores`` has the keys in ``store_config`` that the aggregator has stores for; None: it does not say.
+    """
 
     protocol: U64
     version: Word
@@ -109,6 +112,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     max_frame_bytes: U64
     max_part_bytes: U64
     t_utc_ns: U64
+    stores: list[Word] | None = None
 
 
 class Reject(Message, frozen=True, kw_only=True):

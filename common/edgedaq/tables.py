@@ -69,7 +69,9 @@ def format_status(status: Mapping[str, Any], *, width: int = WIDTH) -> str:
             parts.append("\n".join([table(columns, found, width=width), *(p[:width] for p in problems)]))
     told = [line for job in jobs for line in _told(job)]
     parts += ["\n".join(line[:width] for line in told)] if told else []
-    parts += [line[:width] for job in jobs if (line := _journal_line(job))]
+    for job in jobs:
+        line = _journal_line(job)
+        parts += ["\n".join([line[:width], *(p[:width] for p in _problems(job))])] if line else []
     if rows.get("nodes"):
         parts.append(table(tuple(_NODE_CELLS), [_node_cells(row) for row in rows["nodes"]], width=width))
     if isinstance(status.get("ledger"), str) and status["ledger"]:
@@ -237,7 +239,7 @@ def _journal_line(job: Mapping[str, Any]) -> str:
 def _problems(job: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with an uplink or a store by its own account, in words, one line each."""
     extra = _extra(job)
-    told = [extra.get(key) for key in ("error", "reason", "spool_problem")]
+    told = [extra.get(key) for key in ("error", "reason", "spool_problem", "store_problem")]
     return [_text(f"{job.get('unique_id')}: {text}") for text in told if text]
 
 

@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from edgedaq.tables import format_status
 from edgedaq_aggregator.reading import open_out
 
-from tests.system.harness import NODE, Site, environment
+from tests.system.harness import NODE, Side, Site, environment
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 
 def command(site: Site, *words: str) -> subprocess.CompletedProcess[str]:
@@ -156,3 +158,30 @@ def test_a_store_that_was_removed_is_forgotten_beside_a_running_aggregator(tmp_p
         assert (site.state_dir / "put_away" / "csv.1" / "ledger.txt").exists()
         assert not (site.node_dir / "table.csv").exists()
         assert NODE in verify(site).stdout
+
+
+def is_told(side: Side, named: str) -> bool:
+    lines = [line for line in side.tail(500).splitlines() if "store.missing" in line]
+    return any(f"no store for {named}" in line for line in lines)
+
+
+def is_shown(side: Side, named: str) -> bool:
+    return f"no store for {named}" in format_status(side.status())
+
+
+def test_data_for_a_store_that_is_not_there_is_kept_and_told_on_both_sides(tmp_path: Path, runtime_dir: Path):
+    with Site(tmp_path, runtime_dir) as site:
+        (site.aggregator_dir / "raw.toml").unlink()
+        site.add_raw_job(payload_bytes=512, limit_count=200)
+        site.aggregator.start()
+        site.agent.start()
+        site.wait_put_count("raw", 200)
+        for side, named in ((site.agent, "raw (of raw)"), (site.aggregator, f"raw (of {NODE}/raw)")):
+            side.wait(partial(is_told, side, named), 10.0, "it is told")
+            side.wait(partial(is_shown, side, named), 10.0, "it is shown")
+        site.agent.stop()
+        site.aggregator.stop()
+        site.add_store("raw", "DAQJobStoreRaw")
+        site.deliver_rest()
+        assert site.judge_raw().is_clean
+        assert site.judge_raw().stored_count == 200
