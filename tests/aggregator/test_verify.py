@@ -7,6 +7,7 @@ import pytest
 from edgedaq.schema import pack_rows
 from edgedaq.storage import OsStorage
 from edgedaq_aggregator.cli import main
+from edgedaq_aggregator.reading import open_out
 from edgedaq_aggregator.stored import find_stored
 from edgedaq_aggregator.stores.commits import Change, CommitLog
 from edgedaq_aggregator.stores.ranges import RANGES_NAME
@@ -260,3 +261,27 @@ def test_a_file_moved_away_while_the_store_runs_is_told_and_the_rest_is_proven(t
 def test_a_directory_that_is_none_is_refused_with_words(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 78
     assert "neither a directory of TOML files nor an out_dir" in capsys.readouterr().err
+
+
+def test_files_that_rotate_by_size_are_proven_and_a_byte_in_the_second_is_named(tmp_path):
+    made = StoredFeed(tmp_path / "out")
+    feed = Feed()
+    feed.open(1, {"csv": {"file_path": "r.csv", "rotate_size": 1 << 20}})
+    for part in range(12):
+        feed.pairs(1, part * 20_000, 20_000)
+    made.journal(feed)
+    made.store("csv", per_commit=1)
+    report = check(made.out_dir)
+    assert report.is_proven, format_report(report)
+    assert pairs_of(made.out_dir) == list(range(240_000))
+    path = made.out_dir / NODE / "r.2.csv"
+    whole = bytearray(path.read_bytes())
+    at = len(whole) // 2
+    whole[at] ^= 1
+    path.write_bytes(whole)
+    where, place, _ = check(made.out_dir).problems[0]
+    assert (where, place.partition(",")[0]) == (str(path), f"byte {at}")
+
+
+def pairs_of(out_dir: Path) -> list[int | None]:
+    return open_out(out_dir).read()["sequence"].to_pylist()

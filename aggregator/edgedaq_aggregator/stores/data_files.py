@@ -163,8 +163,7 @@ class DataFiles:
             self._mark(file)
             file.is_fresh = False
             file.pins += 1
-        change.files, self._changes = self._changes, {}
-        change.blocks, self._grown = self._grown, {}
+        change.files, change.blocks, self._changes, self._grown = self._changes, self._grown, {}, {}
         directories, self._new_directories = self._new_directories, set()
         return dirty, directories
 
@@ -352,9 +351,8 @@ class DataFiles:
         return digest.intdigest() == mark.digest
 
     def _mark(self, file: DataFile) -> None:
-        mark, held = file.mark()
+        mark, self._grown[file.name] = file.mark()
         self._marks[file.name] = self._changes[file.name] = mark
-        self._grown[file.name] = held
 
     def _seal(self, name: str, reason: str) -> None:
         mark = self._marks.get(name, FileMark(0))._replace(sealed=True)

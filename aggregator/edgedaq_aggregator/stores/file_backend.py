@@ -172,6 +172,7 @@ class FileBackend:
                 if pieces:
                     rows = sum(frame.rows for frame in taken)
                     file.block.tell(stream, taken[0].seq, taken[-1].seq, rows)
+                    file.is_full = 0 < held.options.rotate_bytes <= file.length
         return refused
 
     def write_mark(self, mark: Mark) -> None:
@@ -257,7 +258,6 @@ class FileBackend:
         if piece.header and file.is_empty:
             file.append([piece.header], self._storage)
         file.append(piece.buffers, self._storage)
-        file.is_full = 0 < held.options.rotate_bytes <= file.length
         return file
 
     def _locate(self, stream: int, held: _Stream, period: int, header: bytes) -> DataFile:

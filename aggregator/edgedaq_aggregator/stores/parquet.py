@@ -149,7 +149,7 @@ class ParquetBackend:
         if self._commits is None:
             raise RuntimeError(_NOT_RECOVERED)
         commits, storage = self._commits, self._storage
-        change.files, files, directories = self._files_of_marks.changes()
+        files, directories = self._files_of_marks.changes(change)
         change.files.update(self._changes)
         parts = [dataset.part for dataset in self._datasets.values() if dataset.part is not None]
         directories |= self._directories | {part.path.parent for part in parts}
