@@ -26,9 +26,9 @@ from edgedaq.keys import (
     write_enrolment,
 )
 from edgedaq.main_config import read_main
+from edgedaq.monitor_events import read_event
 from edgedaq.session_messages import Join, Joined, Reject, decode_from_intake, encode_message
 from edgedaq.transport import check_address
-from zmq.utils.monitor import recv_monitor_message
 
 from edgedaq_agent.config import FILE_NAME, AgentConfig
 from edgedaq_agent.dialling import FAILED_EVENTS, Destination, open_dealer, why_failed
@@ -135,14 +135,14 @@ def _converse(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], address: st
             _check_answer(socket.recv_multipart(), address)
             return
         if monitor in ready:
-            told = recv_monitor_message(monitor)
-            if told["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            told = read_event(monitor)
+            if told.event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 socket.send(encode_message(join), zmq.NOBLOCK)
                 continue
-            if told["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            if told.event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 reason = "the token is not valid (any more), or too many try to join: ask for a new one"
             else:
-                reason = why_failed(told["event"], told["value"], has_keys=True, had_handshake=False)
+                reason = why_failed(told.event, told.value, has_keys=True, had_handshake=False)
                 reason = reason.replace("this node joined", "the token is of")
             message = f"{address}: {reason}"
             raise JoinError(message)

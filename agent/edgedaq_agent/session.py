@@ -24,6 +24,7 @@ import zmq
 from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import ConfigError, WireError
 from edgedaq.logsetup import get_logger
+from edgedaq.monitor_events import read_event
 from edgedaq.session_messages import (
     Ack,
     Ahead,
@@ -45,7 +46,6 @@ from edgedaq.session_messages import (
     encode_message,
 )
 from edgedaq.transport import PING_INTERVAL_S, SILENCE_LIMIT_S, backoff_s
-from zmq.utils.monitor import recv_monitor_message
 
 from edgedaq_agent.clock_offset import ClockOffset, Offset
 from edgedaq_agent.dialling import FAILED_EVENTS, Dialling, open_dealer, why_failed
@@ -258,17 +258,17 @@ class Session:
     def _watch_connection(self, now_ns: int) -> None:
         while self._monitor is not None:
             try:
-                told = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+                told = read_event(self._monitor, zmq.NOBLOCK)
             except zmq.Again:
                 return
-            event = told["event"]
+            event = told.event
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._has_handshake = True
                 self.state = SessionState.GREETING
                 self.send(self._hello)
             elif event != zmq.EVENT_MONITOR_STOPPED:
                 has_keys, had_handshake = self._has_keys, self._has_handshake
-                text = why_failed(event, told["value"], has_keys=has_keys, had_handshake=had_handshake)
+                text = why_failed(event, told.value, has_keys=has_keys, had_handshake=had_handshake)
                 self._lose(text, now_ns)
 
     def _keep_alive(self, now_ns: int) -> None:

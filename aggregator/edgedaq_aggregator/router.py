@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import zmq
 from edgedaq.errors import StoreError
 from edgedaq.keys import set_server_keys
+from edgedaq.monitor_events import read_event
 from edgedaq.session_messages import Bye, encode_message
 from edgedaq.transport import set_router_options
-from zmq.utils.monitor import recv_monitor_message
 
 __all__ = ["Connection", "Received", "Router"]
 
@@ -109,10 +109,10 @@ class Router:
         """Yield why connections ended before they began, except by the ZAP handler."""
         for _ in range(_EVENTS_PER_STEP):
             try:
-                event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
+                event = read_event(self.monitor, zmq.NOBLOCK)
             except zmq.Again:
                 return
-            yield _REASONS.get(event["value"], "no handshake of ours")
+            yield _REASONS.get(event.value, "no handshake of ours")
 
     def cut(self, connection: Connection | None) -> None:
         """End a connection at once; nothing that it has sent and was not received is."""

@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import structlog
 from edgedaq.logsetup import configure, get_logger, is_service
 
 
@@ -21,7 +20,6 @@ def _restored():
     logging.captureWarnings(capture=False)
     root.handlers[:] = held
     root.setLevel(level)
-    structlog.reset_defaults()
 
 
 def lines(capfd):

@@ -23,9 +23,9 @@ import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import structlog
 import xxhash
 from edgedaq.errors import StoreError
+from edgedaq.logsetup import get_logger
 from edgedaq.storage import Storage
 
 from edgedaq_aggregator.stores.commits import FILES_MAX, Change, FileMark
@@ -68,7 +68,7 @@ class DataFiles:
         self._new_directories: set[Path] = set()
         self._clock = 0
         self._adopts = True
-        self._log = structlog.get_logger().bind(out_dir=str(out_dir))
+        self._log = get_logger().bind(out_dir=str(out_dir))
 
     def recover(self, *, is_clean: bool, is_damaged: bool) -> None:
         """Make every file what its mark says, or put it aside."""

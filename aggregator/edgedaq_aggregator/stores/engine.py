@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import structlog
 from edgedaq.delivery import StreamState, StreamTable, Verdict, gap_of
 from edgedaq.errors import WireError
 from edgedaq.frame import DATA_KINDS, FLAG_FIRST, FLAG_PIECE, Frame, Kind, decode, unpack_map
+from edgedaq.logsetup import get_logger
 from edgedaq.open_info import OpenInfo, decode_open
 from edgedaq.segment_format import Hole, Record
 from edgedaq.segment_gaps import bridge
@@ -82,7 +82,7 @@ class StoreEngine:
         self._has_marks = False
         self._under_way: tuple[Change, dict[str, int], int, tuple[int, int]] | None = None
         self._written_bytes = 0
-        self._log = structlog.get_logger().bind(store=key)
+        self._log = get_logger().bind(store=key)
 
     @property
     def has_changes(self) -> bool:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import structlog
 from edgedaq.clock import utc_date
 from edgedaq.errors import ConfigError, StoreError
 from edgedaq.frame import Frame
+from edgedaq.logsetup import get_logger
 from edgedaq.open_info import OpenInfo
 from edgedaq.storage import Storage
 
@@ -127,7 +127,7 @@ class FileBackend:
         self._newest: dict[tuple[str, str], int] = {}
         self._recovered: tuple[CommitLog, DataFiles] | None = None
         self._under_way: list[DataFile] = []
-        self._log = structlog.get_logger().bind(store=file_format.key)
+        self._log = get_logger().bind(store=file_format.key)
 
     def recover(self) -> Recovered:
         """See ``Backend``."""

@@ -21,10 +21,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import structlog
 from edgedaq.clock import utc_ns
 from edgedaq.delivery import StreamTable
 from edgedaq.errors import StoreError
+from edgedaq.logsetup import get_logger
 from edgedaq.segment_format import Hole, Record
 
 from edgedaq_aggregator.lag import StoreLag
@@ -117,7 +117,7 @@ class StoreLoop:
         self._stop = stop
         self._cadence = cadence
         self._beat = beat
-        self._log = structlog.get_logger().bind(store=key)
+        self._log = get_logger().bind(store=key)
         self._pause_s = PAUSE_FIRST_S
         self._error: str | None = None
         self._past: dict[str, int] = dict.fromkeys(_COUNTERS, 0)
