@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from edgedaq.command_line import refuse_broken, run_supervisor
-from edgedaq.config_dir import JobFile, destinations, load_jobs, require_directory
+from edgedaq.config_dir import JobFile, destinations, load_directory, reload_jobs, require_directory
 from edgedaq.errors import ConfigError
 from edgedaq.keys import enrolment_path
 from edgedaq.lane_options import LaneSpec, fit_lanes
-from edgedaq.logsetup import configure, get_logger
+from edgedaq.logsetup import configure, get_logger, is_service
 from edgedaq.main_config import (
     check_directory,
     default_state_dir,
@@ -23,7 +23,6 @@ from edgedaq.main_config import (
     version,
 )
 from edgedaq.plans import Place, check_rings, job_plan, uplink_plan
-from edgedaq.registry import JOB_TABLE, STORE_TABLE, load_table
 from edgedaq.stats import NodeReport
 from edgedaq.supervisor import Supervisor, SupervisorSetup
 
@@ -158,6 +157,8 @@ def _setup(agent: Agent, lifeline_fd: int | None) -> SupervisorSetup:
         on_report=forward_report,
         facts=facts,
         lifeline_fd=lifeline_fd,
+        reload=lambda: [job_plan(file, place) for file in reload_jobs(place.config_dir, takes_stores=False)],
+        reloads_on_hangup=is_service(),
     )
 
 
@@ -170,4 +171,4 @@ def _main(path: Path, config_dir: Path) -> tuple[AgentConfig, Path]:
 
 
 def _jobs(config_dir: Path) -> list[JobFile]:
-    return load_jobs(config_dir, load_table(JOB_TABLE), load_table(STORE_TABLE), takes_stores=False)
+    return load_directory(config_dir, takes_stores=False)

@@ -13,6 +13,7 @@ from edgedaq.command_line import (
     guarded,
     refuse_broken,
     say,
+    show_reload,
     show_status,
 )
 from edgedaq.keys import enrolment_path
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("run", _run, "run the jobs of a directory until stopped"),
         ("check", _check, "find every mistake in a directory; start nothing"),
+        ("reload", _reload, "let a running one take changed files, each job for itself"),
         ("status", _status, "show what a running agent does"),
         ("join", _join, "make this node's key and let an aggregator know it, by an invitation"),
         ("tail", _tail, "print rows as jobs put them, until Ctrl-C"),
@@ -95,6 +97,10 @@ def _check(options: argparse.Namespace) -> int:
     refuse_broken(agent.files, agent.problems, always=True)
     say(f"{options.config_dir}: {len(agent.files)} jobs, no mistake found")
     return 0
+
+
+def _reload(options: argparse.Namespace) -> int:
+    return show_reload(app.runtime_dir_of(options.config_dir))
 
 
 def _status(options: argparse.Namespace) -> int:

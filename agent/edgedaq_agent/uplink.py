@@ -97,6 +97,7 @@ class Uplink(DAQJob):
             stored=config.stored,
         ) as carrier:
             self._carrier = carrier
+            self.send_to_supervisor({"type": "working"})
             carrier.run(lambda: self.is_stopping, self.stop_fd)
 
     def on_link_message(self, message: Mapping[str, Any]) -> None:

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgedaq.command_line import refuse_broken, run_supervisor
-from edgedaq.config_dir import JobFile, destinations, load_jobs, missing_stores, require_directory
+from edgedaq.config_dir import (
+    JobFile,
+    destinations,
+    load_directory,
+    missing_stores,
+    reload_jobs,
+    require_directory,
+)
 from edgedaq.errors import ConfigError, WireError
 from edgedaq.keys import ENROLMENT_NAME, Enrolment, aggregator_keys, new_key_pair, write_enrolment
 from edgedaq.lane_options import LaneSpec, fit_lanes
-from edgedaq.logsetup import configure, get_logger
+from edgedaq.logsetup import configure, get_logger, is_service
 from edgedaq.main_config import (
     check_directory,
     fit_on_disk,
@@ -30,11 +37,11 @@ from edgedaq.main_config import (
     version,
 )
 from edgedaq.plans import Place, check_rings, job_plan, part_plan, uplink_plan
-from edgedaq.registry import JOB_TABLE, STORE_TABLE, load_class, load_table
+from edgedaq.registry import load_class
 from edgedaq.stats import NodeReport
 from edgedaq.store_config import STORE_TYPES
 from edgedaq.supervisor import INTAKE, Supervisor, SupervisorSetup
-from edgedaq.worker_process import WorkerPlan
+from edgedaq.worker_plan import WorkerPlan
 
 from edgedaq_aggregator.config import FILE_NAME, AggregatorConfig
 from edgedaq_aggregator.node_commands import own_address
@@ -198,6 +205,8 @@ def _setup(aggregator: Aggregator, view: LiveView, lifeline_fd: int | None) -> S
         on_end=statistics.close,
         facts=facts,
         lifeline_fd=lifeline_fd,
+        reload=lambda: _job_plans(reload_jobs(place.config_dir, takes_stores=True), place),
+        reloads_on_hangup=is_service(),
     )
 
 
@@ -220,9 +229,14 @@ def _own_key(aggregator: Aggregator, listen: str) -> str:
     return keys.public
 
 
+def _job_plans(files: Sequence[JobFile], place: Place) -> list[WorkerPlan]:
+    own = replace(place, lanes=())
+    return [job_plan(file, own if file.is_store else place) for file in files]
+
+
 def _plans(aggregator: Aggregator, listen: str, own_key: str) -> list[WorkerPlan]:
     config, place, path = aggregator.config, aggregator.place, aggregator.path
-    plans = [job_plan(file, place) for file in aggregator.files if not file.is_store]
+    plans = _job_plans([file for file in aggregator.files if not file.is_store], place)
     if place.lanes:
         uplink: dict[str, Any] = {"aggregator": listen}
         if own_key:
@@ -253,7 +267,7 @@ def _plans(aggregator: Aggregator, listen: str, own_key: str) -> list[WorkerPlan
             stop_limit_s=_INTAKE_STOP_LIMIT_S,
         )
     )
-    plans += [job_plan(file, own) for file in aggregator.files if file.is_store]
+    plans += _job_plans([file for file in aggregator.files if file.is_store], place)
     return plans
 
 
@@ -304,7 +318,7 @@ def _main(path: Path, config_dir: Path) -> tuple[AggregatorConfig, Path]:
 
 
 def _jobs(config_dir: Path) -> list[JobFile]:
-    return load_jobs(config_dir, load_table(JOB_TABLE), load_table(STORE_TABLE), takes_stores=True)
+    return load_directory(config_dir, takes_stores=True)
 
 
 def _host_node() -> str:

@@ -15,6 +15,7 @@ from edgedaq.command_line import (
     guarded,
     refuse_broken,
     say,
+    show_reload,
     show_status,
 )
 from edgedaq.main_config import version
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("run", _run, "run intake and stores until stopped"),
         ("check", _check, "find every mistake in a directory; start nothing"),
+        ("reload", _reload, "let a running one take changed files, each job for itself"),
         ("status", _status, "show what a running aggregator does: jobs, nodes, lags, ledger"),
         ("nodes", _nodes, "show the nodes: keys, expiry, when last heard of"),
         ("invite", _invite, "let a node join within the hour; print what to type there"),
@@ -133,6 +135,10 @@ def _check(options: argparse.Namespace) -> int:
     stores = sum(file.is_store for file in aggregator.files)
     say(f"{options.config_dir}: {stores} stores, {len(aggregator.files) - stores} jobs, no mistake found")
     return 0
+
+
+def _reload(options: argparse.Namespace) -> int:
+    return show_reload(app.runtime_dir_of(options.config_dir))
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -113,6 +113,7 @@ class Intake(DAQJob):
             )
             self._reception = reception
             stack.callback(reception.close)
+            self.send_to_supervisor({"type": "working"})
             reception.run(lambda: self.is_stopping, self.stop_fd)
 
     def _journal(self, context: zmq.Context[Any]) -> Journal:

@@ -32,8 +32,11 @@ __all__ = [
     "refuse_broken",
     "run_supervisor",
     "say",
+    "show_reload",
     "show_status",
 ]
+
+_RELOAD_LIMIT_S = 60.0
 
 
 def add_config_dir(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +121,16 @@ def run_supervisor(runtime_dir: Path, make: Callable[[], SupervisorSetup]) -> in
             return 1
         finally:
             remove(runtime_dir)
+
+
+def show_reload(runtime_dir: Path) -> int:
+    """Let a running supervisor take its files as they are now; print what changed. 78 if one was refused."""
+    told = request(runtime_dir, "reload", limit_s=_RELOAD_LIMIT_S)
+    for kind in ("added", "changed", "removed"):
+        say(f"{kind}: {', '.join(told[kind]) or '-'}")
+    for name, problem in told["refused"].items():
+        sys.stderr.write(f"{name} runs on as it was: {problem}\n")
+    return EXIT_CONFIG if told["refused"] else 0
 
 
 def show_status(

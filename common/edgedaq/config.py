@@ -85,6 +85,13 @@ class DAQJobConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         stop_limit: How long the job may take to stop before it is killed.
         hang_limit: A job that neither puts, takes nor sleeps for this long is killed and restarted; no limit
             if not given. A job that is blocked because its ring is full does not hang.
+        startup_error_behavior: What becomes of a job that fails before it has put, taken or slept for the
+            first time, e.g. because its device is absent. ``restart``: as after any failure; ``retry``: again
+            and again, whatever ``restart`` and ``restart_limit`` say; ``fail``; ``ignore``: it is left out.
+        reset_command: Resets the device: run when the job hangs, and before it is restarted after a failure.
+        memory_limit: What the job and its children may have in memory of their own; beyond it is restarted.
+        cpu_limit: Percent of one core that they may use for 10 s; beyond it is restarted.
+        start_order: Jobs with a lower number have begun before those with a higher one are started.
         ring: Shared memory of the job.
     """
 
@@ -98,6 +105,11 @@ class DAQJobConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     restart_limit: Annotated[int, msgspec.Meta(ge=0)] | None = None
     stop_limit: Annotated[Seconds, msgspec.Meta(gt=0, le=600)] = 3.0
     hang_limit: Positive | None = None
+    startup_error_behavior: Literal["restart", "retry", "fail", "ignore"] = "restart"
+    reset_command: tuple[str, ...] = ()
+    memory_limit: Annotated[Bytes, msgspec.Meta(gt=0)] | None = None
+    cpu_limit: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    start_order: int = 0
     ring: RingOptions = msgspec.field(default_factory=RingOptions)
 
 

@@ -17,7 +17,8 @@ import msgspec
 
 from edgedaq.config import DAQJobConfig, build_job_config
 from edgedaq.errors import ConfigError
-from edgedaq.registry import load_class, resolve
+from edgedaq.job import DAQJob
+from edgedaq.registry import JOB_TABLE, STORE_TABLE, forget_modules, load_class, load_table, resolve
 from edgedaq.store_config import STORE_TYPES, DAQJobStoreConfig
 from edgedaq.typed_toml import read_toml
 
@@ -26,8 +27,10 @@ __all__ = [
     "RESERVED_IDS",
     "JobFile",
     "destinations",
+    "load_directory",
     "load_jobs",
     "missing_stores",
+    "reload_jobs",
     "require_directory",
 ]
 
@@ -43,6 +46,7 @@ class JobFile:
     Args:
         unique_id: Unique in the directory and a valid name, even where the file says none.
         config: None if there are problems.
+        has_reset: The job can reset its device.
         problems: One line each, beginning with the file.
     """
 
@@ -53,6 +57,7 @@ class JobFile:
     is_store: bool = False
     raw: dict[str, Any] = field(default_factory=dict)
     config: DAQJobConfig | None = None
+    has_reset: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -92,6 +97,17 @@ def load_jobs(
     _check_ids(found)
     _check_files(found)
     return found
+
+
+def load_directory(config_dir: Path, *, takes_stores: bool) -> list[JobFile]:
+    """Return every job of a directory, with the registered jobs and stores that are installed."""
+    return load_jobs(config_dir, load_table(JOB_TABLE), load_table(STORE_TABLE), takes_stores=takes_stores)
+
+
+def reload_jobs(config_dir: Path, *, takes_stores: bool) -> list[JobFile]:
+    """Return every job of a directory as it is now: code of users in it is read again, too."""
+    forget_modules(config_dir)
+    return load_directory(config_dir, takes_stores=takes_stores)
 
 
 def missing_stores(files: Iterable[JobFile]) -> list[str]:
@@ -150,13 +166,16 @@ def _load(
         return file
     try:
         file.target = resolve(job_type, {**jobs, **stores} if takes_stores else jobs, config_dir)
-        config_type = load_class(file.target, config_dir).config_type
+        job_class = load_class(file.target, config_dir)
+        config_type = job_class.config_type
     except ConfigError as e:
         file.problems += [f"{path}: {line}" for line in str(e).splitlines()]
         return file
     try:
         file.config = build_job_config(config_type, file.raw, file=str(path), stem=path.stem)
         file.unique_id = file.config.daq_job_unique_id
+        has_own_reset = job_class.reset_device is not DAQJob.reset_device
+        file.has_reset = has_own_reset or bool(file.config.reset_command)
     except ConfigError as e:
         file.problems += str(e).splitlines()
     return file

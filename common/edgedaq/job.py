@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgedaq.config import DAQJobConfig
-from edgedaq.errors import JobError
+from edgedaq.errors import DeviceError, JobError
 from edgedaq.job_context import JobContext, JobStopped
 from edgedaq.job_puts import JobPuts
 from edgedaq.logsetup import get_logger
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 __all__ = ["DAQJob", "JobStopped"]
 
 _SCAN_MS = 100
+_RESET_LIMIT_S = 30.0
 
 
 class DAQJob:
@@ -130,6 +131,26 @@ class DAQJob:
             rows=gap.rows,
             reason=gap.reason,
         )
+
+    def reset_device(self) -> None:
+        """Bring a device that is stuck back to its senses, e.g. by switching its power.
+
+        Called where ``start`` hangs (see ``hang_limit``), by another thread beside it, and before ``start``
+        in a life whose predecessor failed. The default runs ``reset_command``.
+
+        Raises:
+            DeviceError: It cannot be reset.
+        """
+        command = list(self.config.reset_command)
+        if not command:
+            return
+        import subprocess  # noqa: PLC0415  # rarely needed
+
+        try:
+            subprocess.run(command, stdin=subprocess.DEVNULL, check=True, timeout=_RESET_LIMIT_S)
+        except (OSError, subprocess.SubprocessError) as e:
+            message = f"job {self.daq_job_unique_id}: reset_command {command} failed: {e}"
+            raise DeviceError(message) from e
 
     def on_link_message(self, message: Mapping[str, Any]) -> None:
         """Take a message of the supervisor; called by the service thread, so be quick and share with care."""

@@ -39,7 +39,7 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     ``target`` is ``module:Class`` or ``/path/file.py:Class``; ``config`` is the content of its TOML;
     ``claims``: consumers that hold every ring from its birth, and their topics: the lanes of the uplink.
     ``journal_feed`` names the feed (``feeds``) by which it is handed the data of other nodes, where there is
-    a journal.
+    a journal. ``needs_reset``: the life before this one failed, so the device is to be reset first.
     """
 
     unique_id: str
@@ -56,6 +56,7 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     claims: dict[str, list[str]] = {}
     ring: RingOptions = RingOptions()
     journal_feed: str = ""
+    needs_reset: bool = False
 
 
 def _refuse(_: dict[str, Any]) -> bool:

@@ -13,7 +13,10 @@
        │                FAILED ◄─── unkillable ───┐
        │                                          │ due twice: Kill, then this
        └────────────── STOPPING ──────────────────┘
-            Exited        ▲ Stop (asked for), or the process hangs or lost its link
+            Exited        ▲ Stop (asked for), or the process hangs, takes too much or lost its link
+
+A hang climbs a ladder: Reset (where the job can reset its device), STOPPING and a restart, FAILED. A failure
+before the job has worked for the first time (put, taken, slept) is a startup error, with a policy of its own.
 
 There is at most one process: ``has_process`` is true from ``Spawned`` to ``Exited``; no Spawn is asked
 for while it is. A process that outlives SIGKILL is FAILED(``unkillable``); nothing is started in its place.
@@ -26,7 +29,8 @@ import enum
 from dataclasses import dataclass, replace
 
 from edgedaq.config import EXIT_CONFIG
-from edgedaq.policy import Policy, backoff_s
+from edgedaq.policy import CPU_OVER_S, Policy, backoff_s
+from edgedaq.units import format_bytes
 
 __all__ = [
     "Action",
@@ -43,6 +47,7 @@ __all__ = [
     "State",
     "Stop",
     "Tick",
+    "Usage",
     "failed",
     "step",
 ]
@@ -67,6 +72,7 @@ class Action(enum.Enum):
 
     SPAWN = "spawn"
     ASK_STOP = "ask_stop"
+    RESET = "reset"
     KILL = "kill"
     ALARM = "alarm"
 
@@ -100,6 +106,14 @@ class Report:
 
     has_advanced: bool
     is_blocked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the process and its children take: memory of their own, and percent of one core."""
+
+    memory_bytes: int
+    cpu_percent: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +154,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = Start | Spawned | SpawnFailed | Started | Report | Exited | LinkLost | Hold | Stop | Tick
+Event = Start | Spawned | SpawnFailed | Started | Report | Usage | Exited | LinkLost | Hold | Stop | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +171,9 @@ class Child:
         is_killed: SIGKILL was sent to this process.
         running_ns: When this process said that it has started; 0 before.
         advanced_ns: When it last advanced.
+        has_worked: It has advanced in this life or an earlier one.
+        is_reset: Its device was asked to reset, and it has not advanced since.
+        over_cpu_ns: Since when it uses more than its ``cpu_limit``; 0 if it does not.
     """
 
     state: State = State.STOPPED
@@ -170,6 +187,9 @@ class Child:
     is_killed: bool = False
     running_ns: int = 0
     advanced_ns: int = 0
+    has_worked: bool = False
+    is_reset: bool = False
+    over_cpu_ns: int = 0
 
 
 Result = tuple[Child, tuple[Action, ...]]
@@ -191,13 +211,17 @@ def step(child: Child, event: Event, now_ns: int, policy: Policy) -> Result:
                 return replace(child, has_process=True, due_ns=due_ns), ()
         case SpawnFailed():
             if child.state is State.STARTING and not child.has_process:
-                return _after_failure(child, event.reason, event.jitter, now_ns, policy)
+                no_fault_of_it = replace(child, has_worked=True)
+                return _after_failure(no_fault_of_it, event.reason, event.jitter, now_ns, policy)
         case Started():
             if child.state is State.STARTING and child.has_process:
-                child = replace(child, running_ns=now_ns, advanced_ns=now_ns)
+                child = replace(child, running_ns=now_ns, advanced_ns=now_ns, is_reset=False, over_cpu_ns=0)
                 return _enter(child, State.RUNNING, now_ns, due_ns=_hang_due(child, policy)), ()
         case Report():
             return _report(child, event, now_ns, policy), ()
+        case Usage():
+            if child.state in (State.RUNNING, State.BLOCKED):
+                return _usage(child, event, now_ns, policy)
         case Exited():
             if child.has_process:
                 return _exited(child, event, now_ns, policy)
@@ -228,7 +252,7 @@ def _start(child: Child, now_ns: int) -> Result:
     if child.state is State.STOPPING or child.has_process:
         return child, ()
     if child.state in (State.STOPPED, State.FAILED):
-        child = replace(child, is_wanted=True, is_killed=False, attempts=0, running_ns=0)
+        child = replace(child, is_wanted=True, is_killed=False, attempts=0, running_ns=0, has_worked=False)
         return _enter(child, State.STARTING, now_ns), (Action.SPAWN,)
     return child, ()
 
@@ -238,10 +262,28 @@ def _report(child: Child, event: Report, now_ns: int, policy: Policy) -> Child:
         return child
     # Who waits for room in its ring does what it was told to; it can only begin to hang when it could go on.
     if event.has_advanced or event.is_blocked or child.state is State.BLOCKED:
-        child = replace(child, advanced_ns=now_ns)
+        child = replace(child, advanced_ns=now_ns, has_worked=True, is_reset=False)
     if event.is_blocked:
         return _enter(child, State.BLOCKED, now_ns, reason="its ring is full")
+    if child.is_reset:
+        return child
     return _enter(child, State.RUNNING, now_ns, due_ns=_hang_due(child, policy))
+
+
+def _usage(child: Child, event: Usage, now_ns: int, policy: Policy) -> Result:
+    limit_bytes, limit_percent = policy.memory_limit_bytes, policy.cpu_limit_percent
+    if limit_bytes is not None and event.memory_bytes > limit_bytes:
+        held = format_bytes(event.memory_bytes)
+        reason = f"took {held} of memory, more than {format_bytes(limit_bytes)} (memory_limit)"
+        return _stop_process(child, reason, policy.stop_limit_s, now_ns)
+    if limit_percent is None or event.cpu_percent <= limit_percent:
+        return (replace(child, over_cpu_ns=0) if child.over_cpu_ns else child), ()
+    if not child.over_cpu_ns:
+        return replace(child, over_cpu_ns=now_ns), ()
+    if now_ns - child.over_cpu_ns < CPU_OVER_S * _S:
+        return child, ()
+    reason = f"used {event.cpu_percent:.0f} % of a core, more than {limit_percent:g} % (cpu_limit)"
+    return _stop_process(child, reason, policy.stop_limit_s, now_ns)
 
 
 def _stop(child: Child, event: Stop, now_ns: int, policy: Policy) -> Result:
@@ -272,6 +314,10 @@ def _due(child: Child, now_ns: int, policy: Policy) -> Result:
         case State.STARTING:
             reason = f"did not start within {policy.start_limit_s:g} s"
             return _stop_process(child, reason, policy.stop_limit_s, now_ns)
+        case State.RUNNING if policy.has_reset and not child.is_reset:
+            reason = f"did nothing for {policy.hang_limit_s:g} s (hang_limit), its device is being reset"
+            child = replace(child, is_reset=True, due_ns=now_ns + int((policy.hang_limit_s or 0) * _S))
+            return replace(child, reason=reason), (Action.RESET,)
         case State.RUNNING:
             reason = f"did nothing for {policy.hang_limit_s:g} s (hang_limit)"
             return _stop_process(child, reason, policy.stop_limit_s, now_ns)
@@ -312,13 +358,24 @@ def _after_stop(child: Child, event: Exited, now_ns: int, policy: Policy) -> Res
 
 
 def _after_failure(child: Child, reason: str, jitter: float, now_ns: int, policy: Policy) -> Result:
-    if child.running_ns and now_ns - child.running_ns >= policy.healthy_after_s * _S:
+    # While it hangs it is not well, however long that takes to be seen.
+    healthy_until_ns = now_ns if policy.hang_limit_s is None else child.advanced_ns
+    if child.running_ns and healthy_until_ns - child.running_ns >= policy.healthy_after_s * _S:
         child = replace(child, attempts=0)
-    if policy.restart == "never":
+    is_startup = not child.has_worked
+    if is_startup and policy.startup_error == "ignore":
+        return _enter(child, State.STOPPED, now_ns, reason=f"left out: {reason}"), ()
+    if is_startup and policy.startup_error == "retry":
+        return _back_off(child, reason, jitter, now_ns, policy)
+    if policy.restart == "never" or (is_startup and policy.startup_error == "fail"):
         return _enter(child, State.FAILED, now_ns, reason=reason), (Action.ALARM,)
     if policy.restart_limit is not None and child.attempts >= policy.restart_limit:
         reason = f"gave up after {child.attempts} restarts: {reason}"
         return _enter(child, State.FAILED, now_ns, reason=reason), (Action.ALARM,)
+    return _back_off(child, reason, jitter, now_ns, policy)
+
+
+def _back_off(child: Child, reason: str, jitter: float, now_ns: int, policy: Policy) -> Result:
     due_ns = now_ns + int(backoff_s(policy, child.attempts, jitter) * _S)
     child = replace(child, attempts=child.attempts + 1)
     return _enter(child, State.BACKOFF, now_ns, reason=reason, due_ns=due_ns), ()

@@ -33,6 +33,10 @@ class Notifier:
         """Say that the service works."""
         self._send("READY=1")
 
+    def reloading(self) -> None:
+        """Say that the files are being read again; ``ready`` ends that."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={mono_ns() // 1000}")
+
     def stopping(self) -> None:
         """Say that the service is ending."""
         self._send("STOPPING=1")

@@ -22,7 +22,7 @@ from edgedaq.lane_options import LaneSpec
 from edgedaq.policy import Policy
 from edgedaq.supervisor import DEVICES, STORES, UPLINK
 from edgedaq.units import format_bytes
-from edgedaq.worker_process import WorkerPlan
+from edgedaq.worker_plan import WorkerPlan
 
 __all__ = ["UPLINK_TARGET", "Place", "check_rings", "job_plan", "part_plan", "uplink_plan"]
 
@@ -86,7 +86,7 @@ def job_plan(file: JobFile, place: Place) -> WorkerPlan:
     config = file.config
     if config is None:
         problem = "; ".join(file.problems)
-        return WorkerPlan(file.unique_id, file.job_type, group, Policy(), {}, problem)
+        return WorkerPlan(file.unique_id, file.job_type, group, Policy(), {}, problem, str(file.path))
     spec = place.spec(
         file.unique_id,
         file.job_type,
@@ -96,7 +96,16 @@ def job_plan(file: JobFile, place: Place) -> WorkerPlan:
         verbosity=config.verbosity,
         ring=config.ring,
     )
-    return WorkerPlan(file.unique_id, file.job_type, group, _policy(config, is_store=file.is_store), spec)
+    return WorkerPlan(
+        file.unique_id,
+        file.job_type,
+        group,
+        _policy(config, is_store=file.is_store, has_reset=file.has_reset),
+        spec,
+        source=str(file.path),
+        code=_version_of(file.target),
+        start_order=config.start_order,
+    )
 
 
 def part_plan(
@@ -174,8 +183,20 @@ def check_rings(
     return [], [warning]
 
 
-def _policy(config: DAQJobConfig, *, is_store: bool) -> Policy:
-    policy = Policy.of(config)
+def _version_of(target: str) -> str:
+    """Return what changes when a user edits the file that a job's class is in; empty for a module."""
+    place = target.rpartition(":")[0]
+    if not place.endswith(".py"):
+        return ""
+    try:
+        found = Path(place).stat()
+    except OSError:
+        return ""
+    return f"{found.st_ino}:{found.st_mtime_ns}:{found.st_size}"
+
+
+def _policy(config: DAQJobConfig, *, is_store: bool, has_reset: bool) -> Policy:
+    policy = Policy.of(config, has_reset=has_reset)
     if not is_store:
         return policy
     # A store never has finished, and what it was given last takes longer to commit than a device to close.

@@ -7,7 +7,7 @@ from typing import Literal
 
 from edgedaq.config import DAQJobConfig
 
-__all__ = ["KILL_LIMIT_S", "START_LIMIT_S", "Policy", "backoff_s"]
+__all__ = ["CPU_OVER_S", "KILL_LIMIT_S", "START_LIMIT_S", "Policy", "backoff_s"]
 
 START_LIMIT_S = 60.0
 """How long a new process may take until it says that it has started."""
@@ -15,12 +15,19 @@ START_LIMIT_S = 60.0
 KILL_LIMIT_S = 2.0
 """How long the kernel may take to end a process after SIGKILL, until it counts as unkillable."""
 
+CPU_OVER_S = 10.0
+"""How long a job may use more than its ``cpu_limit``."""
+
 _DOUBLINGS_MAX = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the supervisor does about one worker; the fields are those of ``DAQJobConfig``."""
+    """What the supervisor does about one worker; the fields are those of ``DAQJobConfig``.
+
+    Args:
+        has_reset: The job can reset its device.
+    """
 
     restart: Literal["always", "on_failure", "never"] = "on_failure"
     backoff_initial_s: float = 0.5
@@ -31,9 +38,13 @@ class Policy:
     hang_limit_s: float | None = None
     start_limit_s: float = START_LIMIT_S
     kill_limit_s: float = KILL_LIMIT_S
+    startup_error: Literal["restart", "retry", "fail", "ignore"] = "restart"
+    has_reset: bool = False
+    memory_limit_bytes: int | None = None
+    cpu_limit_percent: float | None = None
 
     @classmethod
-    def of(cls, config: DAQJobConfig) -> Policy:
+    def of(cls, config: DAQJobConfig, *, has_reset: bool = False) -> Policy:
         """Return the policy that a job's TOML asks for."""
         return cls(
             restart=config.restart,
@@ -43,6 +54,10 @@ class Policy:
             restart_limit=config.restart_limit,
             stop_limit_s=config.stop_limit,
             hang_limit_s=config.hang_limit,
+            startup_error=config.startup_error_behavior,
+            has_reset=has_reset,
+            memory_limit_bytes=config.memory_limit,
+            cpu_limit_percent=config.cpu_limit,
         )
 
 

@@ -29,7 +29,7 @@ from edgedaq.config import DAQJobConfig
 from edgedaq.errors import ConfigError, nearest
 from edgedaq.job import DAQJob
 
-__all__ = ["JOB_TABLE", "STORE_TABLE", "extend_path", "load_class", "load_table", "resolve"]
+__all__ = ["JOB_TABLE", "STORE_TABLE", "extend_path", "forget_modules", "load_class", "load_table", "resolve"]
 
 JOB_TABLE = "edgedaq_agent.jobs:JOBS"
 STORE_TABLE = "edgedaq_aggregator.stores:STORES"
@@ -119,6 +119,15 @@ def load_class(target: str, config_dir: Path | None = None) -> type[DAQJob]:
         raise ConfigError(message) from e
     job_class: type[DAQJob] = found
     return job_class
+
+
+def forget_modules(config_dir: Path) -> None:
+    """Forget what was imported from the directory of the TOMLs, so that it is read again."""
+    place = str(config_dir.resolve()) + "/"
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(place):
+            del sys.modules[name]
+    importlib.invalidate_caches()
 
 
 def _is_job(value: object) -> bool:

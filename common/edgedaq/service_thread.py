@@ -152,11 +152,21 @@ class ServiceThread:
         for message in messages:
             if message.get("type") == "stop":
                 self._context.request_stop()
+            elif message.get("type") == "reset":
+                threading.Thread(target=self._reset, name="reset", daemon=True).start()
             elif self.job is not None:
                 try:
                     self.job.on_link_message(message)
                 except Exception as e:  # noqa: BLE001  # code of users, and the top of a thread
                     self._log.exception("message.failed", kind=message.get("type"), reason=str(e))
+
+    def _reset(self) -> None:
+        """Be the thread in which a job that hangs resets its device."""
+        try:
+            if self.job is not None:
+                self.job.reset_device()
+        except Exception as e:  # noqa: BLE001  # code of users, and the top of a thread
+            self._log.exception("device.reset_failed", reason=str(e))
 
     def _report(self) -> None:
         extra: dict[str, Any] = {}

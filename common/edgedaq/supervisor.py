@@ -4,9 +4,13 @@ One loop, one thread. It sleeps in ``poll`` on the workers' links, the command s
 decides nothing itself: ``lifecycle`` decides what happens to a worker, ``stats`` counts what it did. Beside
 it a thread of libzmq passes live topics on (``broker``).
 
-A stop (SIGTERM, SIGINT, SIGHUP or the command) ends the workers group by group, each group when the earlier
-one has ended: ``DEVICES``, ``UPLINK``, ``INTAKE``, ``STORES``; so what a device put is in the spool, what the
-uplink sent is in the journal, and what the journal has can still be stored. The whole takes at most
+Workers begin in the order of their ``start_order``; nobody waits for one that fails. A reload (the command,
+or SIGHUP where ``reloads_on_hangup``) asks the setup for the plans as they are now, and touches only what
+changed. A change of ``agent.toml`` or ``aggregator.toml`` itself takes effect at the next start.
+
+A stop (SIGTERM, SIGINT, SIGHUP of a terminal, or the command) ends the workers group by group, each group
+when the earlier one has ended: ``DEVICES``, ``UPLINK``, ``INTAKE``, ``STORES``; so what a device put is in
+the spool, what the uplink sent is in the journal, and what the journal has can be stored. It takes at most
 ``STOP_TOTAL_S``, unless a job's own ``stop_limit`` is longer than usual. If the supervisor itself is killed,
 its workers see the end of their links and end in order by themselves.
 """
@@ -29,13 +33,17 @@ from edgedaq import lifecycle
 from edgedaq.broker import Broker
 from edgedaq.claim_files import sweep_rings
 from edgedaq.clock import boot_id, mono_ns, utc_ns
-from edgedaq.control import ControlServer
+from edgedaq.control import ControlError, ControlServer
+from edgedaq.errors import ConfigError
 from edgedaq.lifecycle import State
 from edgedaq.logsetup import get_logger
 from edgedaq.notify import Notifier
+from edgedaq.reload import changes_between
+from edgedaq.service_status import JobRates, one_line
 from edgedaq.signal_wakeup import arrived, signal_wakeup
-from edgedaq.stats import NodeReport, WindowedRate
-from edgedaq.worker_process import WorkerPlan, WorkerProcess, worker_environment
+from edgedaq.stats import NodeReport
+from edgedaq.worker_plan import WorkerPlan
+from edgedaq.worker_process import WorkerProcess, worker_environment
 
 __all__ = ["DEVICES", "INTAKE", "STORES", "UPLINK", "Supervisor", "SupervisorSetup"]
 
@@ -78,6 +86,9 @@ class SupervisorSetup:
         on_end: Called once, after the last report.
         facts: Added to ``status``: plain data, asked for at each request.
         lifeline_fd: Its end is a stop: the other end is held by a process that this one must not outlive.
+        reload: Returns the plans of all jobs, without the parts, from the files as they are now; None where
+            that cannot be done. May raise ConfigError.
+        reloads_on_hangup: SIGHUP is a reload, not a stop.
     """
 
     node: str
@@ -90,6 +101,8 @@ class SupervisorSetup:
     on_end: Callable[[], None] = _do_nothing
     facts: Callable[[], Mapping[str, Any]] = field(default=dict)
     lifeline_fd: int | None = None
+    reload: Callable[[], Sequence[WorkerPlan]] | None = None
+    reloads_on_hangup: bool = False
 
 
 class Supervisor:
@@ -107,18 +120,29 @@ class Supervisor:
         self._is_ready = False
         self._lifeline_fd = setup.lifeline_fd
         self._notifier = Notifier()
-        environment = worker_environment()
-        self._workers = {
-            plan.unique_id: WorkerProcess(
-                plan,
-                rings_dir=setup.runtime_dir / "rings",
-                environment=environment,
-                on_message=setup.on_message,
-                logger=self._log,
-            )
-            for plan in setup.plans
-        }
-        self._rates = {unique_id: _Rates() for unique_id in self._workers}
+        self._environment = worker_environment()
+        self._workers: dict[str, WorkerProcess] = {}
+        self._rates: dict[str, JobRates] = {}
+        self._unstarted: list[WorkerProcess] = []
+        for plan in setup.plans:
+            self._add(plan)
+
+    def _add(self, plan: WorkerPlan) -> None:
+        setup, worker = self._setup, self._workers.get(plan.unique_id)
+        if worker is not None:
+            worker.change(plan)
+            return
+        worker = WorkerProcess(
+            plan,
+            rings_dir=setup.runtime_dir / "rings",
+            environment=self._environment,
+            on_message=setup.on_message,
+            logger=self._log,
+        )
+        self._workers[plan.unique_id] = worker
+        self._rates[plan.unique_id] = JobRates()
+        if not plan.problem:
+            self._unstarted.append(worker)
 
     def send(self, unique_id: str, message: dict[str, Any]) -> bool:
         """Send a message to a worker that runs; False if it does not, or did not take it. Never blocks."""
@@ -134,15 +158,58 @@ class Supervisor:
             return
         self._stop_ns = mono_ns()
         self._stopping = sorted({worker.plan.group for worker in self._workers.values()})
+        self._unstarted.clear()
+        for worker in self._workers.values():
+            worker.forget_change()
         self._notifier.stopping()
         self._log.info("supervisor.stopping", reason=reason)
         self._stop_groups()
+
+    def reload(self, reason: str) -> dict[str, Any]:
+        """Take the files as they are now; return what changed. Of a broken file only the problem is told.
+
+        Raises:
+            ConfigError: Nothing could be read; everything runs on as it was.
+            ControlError: There is nothing to reload, or everything is stopping.
+        """
+        if self._setup.reload is None or self._stop_ns:
+            message = "is stopping, nothing is reloaded" if self._stop_ns else "cannot be reloaded"
+            raise ControlError(message)
+        self._notifier.reloading()
+        try:
+            wanted = self._setup.reload()
+            held = {name: worker.plan for name, worker in self._workers.items() if not worker.is_removed}
+            changes = changes_between(held, wanted)
+        except ConfigError as e:
+            self._log.error("config.refused", reason=str(e))
+            raise
+        finally:
+            if self._is_ready:
+                self._notifier.ready()
+        for worker in self._workers.values():
+            if not worker.is_removed:
+                worker.note = ""
+        for name in changes.removed:
+            self._workers[name].remove()
+        for plan in (*changes.changed, *changes.added):
+            self._add(plan)
+        for name, problem in changes.refused.items():
+            self._workers[name].note = f"runs on as it was, its file is broken: {problem}"
+            self._log.error("config.refused", job=name, reason=problem)
+        told = changes.to_map()
+        self._log.info("config.reloaded", **{**told, "refused": list(changes.refused)}, reason=reason)
+        self._start_due()
+        return told
 
     def run(self) -> int:
         """Run until stopped, in the main thread, which has the signals. Returns the exit status."""
         setup = self._setup
         self._log.info("supervisor.started", role=setup.role, pid=os.getpid(), version=setup.version)
-        handlers = {"status": lambda _: self.status(), "stop": self._stop_command}
+        handlers = {
+            "status": lambda _: self.status(),
+            "stop": self._stop_command,
+            "reload": lambda _: self.reload("command"),
+        }
         with (
             signal_wakeup(STOP_SIGNALS) as wakeup,
             zmq.Context() as context,
@@ -150,9 +217,7 @@ class Supervisor:
         ):
             control = ControlServer(setup.runtime_dir, handlers, context)
             try:
-                for worker in self._workers.values():
-                    if not worker.plan.problem:
-                        worker.handle(lifecycle.Start())
+                self._start_due()
                 while not (self._stop_ns and not self._stopping):
                     self._turn(wakeup, control)
                 self._report()
@@ -179,7 +244,10 @@ class Supervisor:
                 poller.register(worker.link.fileno(), flags)
         ready = dict(poller.poll(self._wait_ms()))
         for number in arrived(wakeup):
-            if number in STOP_SIGNALS:
+            if number == signal.SIGHUP and self._setup.reloads_on_hangup:
+                with contextlib.suppress(ConfigError, ControlError):  # told in the log
+                    self.reload("SIGHUP")
+            elif number in STOP_SIGNALS:
                 self.stop(signal.Signals(number).name)
         if self._lifeline_fd in ready:
             self._lifeline_fd = None
@@ -192,6 +260,7 @@ class Supervisor:
             worker.tick(now_ns)
         if self._stop_ns:
             self._stop_groups()
+        self._start_due()
         if now_ns >= self._report_due_ns:
             self._report_due_ns = max(self._report_due_ns + _REPORT_NS, now_ns + _REPORT_NS // 2)
             self._report()
@@ -199,6 +268,18 @@ class Supervisor:
                 self._notifier.extend(_EXTEND_S)
         self._tell_service_manager()
         self._notifier.ping()
+
+    def _start_due(self) -> None:
+        """Start whoever has nobody to wait for: everybody with a lower order has begun, or failed to."""
+        while self._unstarted:
+            order = min(worker.plan.start_order for worker in self._unstarted)
+            workers = self._workers.values()
+            if any(w.child.state is State.STARTING and w.plan.start_order < order for w in workers):
+                return
+            due = [worker for worker in self._unstarted if worker.plan.start_order == order]
+            self._unstarted = [worker for worker in self._unstarted if worker.plan.start_order != order]
+            for worker in due:
+                worker.handle(lifecycle.Start())
 
     def _wait_ms(self) -> int:
         now_ns = mono_ns()
@@ -250,24 +331,27 @@ class Supervisor:
         for job in report.jobs:
             self._rates[job.job].take(job.total(), now_ns)
         setup.on_report(self, report)
+        if self._stop_ns:
+            self._notifier.status("stopping; what is held is made durable")
+        elif self._is_ready:
+            jobs = [self._job_status(worker, now_ns) for worker in self._workers.values()]
+            self._notifier.status(one_line(jobs))
         for worker in self._workers.values():
             worker.settle()
+            worker.watch()
         if not any(worker.plan.group == UPLINK for worker in self._workers.values()):
             sweep_rings(setup.runtime_dir / "rings")
 
     def _tell_service_manager(self) -> None:
-        states = {unique_id: worker.child.state for unique_id, worker in self._workers.items()}
-        if not self._is_ready and State.STARTING not in states.values():
-            self._is_ready = True
-            self._notifier.ready()
-            self._log.info("supervisor.ready", jobs_count=len(states))
-        running = sum(state in (State.RUNNING, State.BLOCKED) for state in states.values())
-        text = f"{running} of {len(states)} jobs run"
-        for state in (State.BLOCKED, State.BACKOFF, State.FAILED):
-            names = [unique_id for unique_id, held in states.items() if held is state]
-            if names:
-                text += f"; {state}: {', '.join(names)}"
-        self._notifier.status("stopping" if self._stop_ns else text)
+        if not self._is_ready and not self._unstarted:
+            waited_for = [worker for worker in self._workers.values() if not worker.has_begun]
+            self._is_ready = not waited_for
+            if self._is_ready:
+                self._notifier.ready()
+                self._log.info("supervisor.ready", jobs_count=len(self._workers))
+            else:
+                names = ", ".join(worker.plan.unique_id for worker in waited_for)
+                self._notifier.status(f"starting; waits for {names}")
 
     def status(self) -> dict[str, Any]:
         """Return all that is known, as plain data."""
@@ -296,7 +380,7 @@ class Supervisor:
             "group": ("device", "uplink", "intake", "store")[worker.plan.group],
             "state": str(child.state),
             "state_for_s": (now_ns - child.since_ns) / 1e9 if child.since_ns else None,
-            "reason": child.reason,
+            "reason": "; ".join(text for text in (child.reason, worker.note) if text),
             "pid": worker.pid if child.has_process else None,
             "topics": worker.topics,
             "restart_count": report.restart_count,
@@ -317,23 +401,3 @@ class Supervisor:
                 zmq.select([], [], [], 0.02)
         for worker in self._workers.values():
             worker.close()
-
-
-class _Rates:
-    """How fast the counts of one job grow."""
-
-    def __init__(self) -> None:
-        self._held = {
-            name: WindowedRate()
-            for name in ("in_count", "in_bytes", "out_count", "out_bytes", "dropped_count")
-        }
-
-    def take(self, total: Any, now_ns: int) -> None:
-        """Note the counts of a snapshot, if there is one."""
-        if total is not None:
-            for name, rate in self._held.items():
-                rate.add(getattr(total, name), now_ns)
-
-    def per_s(self) -> dict[str, float | None]:
-        """Return the growth of each per second."""
-        return {f"{name}_per_s": rate.per_s() for name, rate in self._held.items()}

@@ -127,7 +127,7 @@ def _run(spec: WorkerSpec, link: Link) -> int:
         reason, status = reason or _line(e), status or 1
     if service is not None:
         service.end_helpers()
-    return _end(link, reason, status, snapshot.to_map())
+    return _end(link, reason, status, {"snapshot": snapshot.to_map(), "beats": context.beats})
 
 
 def _start(job_class: type[DAQJob], config: Any, context: JobContext, service: ServiceThread) -> None:
@@ -136,6 +136,9 @@ def _start(job_class: type[DAQJob], config: Any, context: JobContext, service: S
     service.job = job
     context.send({"type": "started", "pid": os.getpid(), "life": context.life})
     get_logger().info("job.started", pid=os.getpid(), life=context.life)
+    if context.spec.needs_reset:
+        get_logger().warning("device.reset", reason="its last life failed")
+        job.reset_device()
     job.start()
 
 
@@ -170,12 +173,10 @@ def _send(link: Link, message: dict[str, Any]) -> bool:
         return False
 
 
-def _end(link: Link, reason: str, status: int, snapshot: dict[str, Any] | None = None) -> int:
+def _end(link: Link, reason: str, status: int, account: dict[str, Any] | None = None) -> int:
     with contextlib.suppress(LinkClosed):
-        message: dict[str, Any] = {"type": "ended", "reason": " ".join(reason.split())[:_REASON_MAX]}
-        if snapshot is not None:
-            message["snapshot"] = snapshot
-        link.send(message)
+        told = " ".join(reason.split())[:_REASON_MAX]
+        link.send({"type": "ended", "reason": told, **(account or {})})
         link.flush(_FLUSH_S)
     return status
 

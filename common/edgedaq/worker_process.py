@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import WireError
 from edgedaq.lifecycle import Action, Event, State
 from edgedaq.link import Link, LinkClosed
-from edgedaq.policy import Policy
+from edgedaq.process_usage import UsageMeter
 from edgedaq.stats import JobReport, Snapshot, fold, snapshot_from_map
+from edgedaq.worker_plan import WorkerPlan
 
-__all__ = ["WorkerPlan", "WorkerProcess", "worker_environment"]
+__all__ = ["WorkerProcess", "worker_environment"]
 
 UNDRAINED_RINGS_MAX = 2
 """Rings of ended lives that may wait to be read before another life of the job begins."""
@@ -40,25 +41,9 @@ _TOPICS_MAX = 256
 LINK_GRACE_NS = 1_000_000_000
 """How long a process may live on after its link has ended; an orderly end takes a moment between the two."""
 
+_NO_PROGRESS: tuple[Any, ...] = (0, 0, 0)
+
 _jitter = random.random
-
-
-@dataclass(frozen=True)
-class WorkerPlan:
-    """What is to run: one worker, or, with a ``problem``, one that cannot.
-
-    Args:
-        group: At a stop, groups end one after the other, the lowest first.
-        spec: The map that the worker gets as its first message (``worker.WorkerSpec``).
-        problem: What is wrong with its configuration; it is FAILED from the start.
-    """
-
-    unique_id: str
-    job_type: str
-    group: int
-    policy: Policy
-    spec: Mapping[str, Any]
-    problem: str = ""
 
 
 class WorkerProcess:
@@ -79,6 +64,10 @@ class WorkerProcess:
         self.pid = 0
         self.snapshot: Snapshot | None = None
         self.topics: list[str] = []
+        self.note = ""
+        self.is_removed = False
+        self._meter: UsageMeter | None = None
+        self._next_plan: WorkerPlan | None = None
         self._rings_dir = rings_dir
         self._environment = dict(environment)
         self._on_message = on_message
@@ -87,7 +76,7 @@ class WorkerProcess:
         self._folded: Snapshot | None = None
         self._last_restart_ns = 0
         self._ended_reason = ""
-        self._progress: tuple[Any, ...] = ()
+        self._progress: tuple[Any, ...] = _NO_PROGRESS
         self._lost_ns = 0
         self._ended_lives: list[str] = []
         if plan.problem:
@@ -97,6 +86,14 @@ class WorkerProcess:
     def is_alive(self) -> bool:
         """True while there is a process that a stop has to wait for."""
         return self.child.has_process and self.child.state is not State.FAILED
+
+    @property
+    def has_begun(self) -> bool:
+        """True unless a start is under way; a part of EdgeDAQ itself has to say that it works, or to fail."""
+        child = self.child
+        if not self.plan.is_part:
+            return child.state is not State.STARTING
+        return child.has_worked or child.attempts > 0 or child.state in (State.FAILED, State.STOPPED)
 
     def report(self) -> JobReport:
         """Return the account of all its lives."""
@@ -115,12 +112,61 @@ class WorkerProcess:
         before = self.child
         self.child, actions = lifecycle.step(before, event, mono_ns(), self.plan.policy)
         self._tell(before, self.child)
+        self._act(actions)
+        if self._next_plan is not None and not self.child.has_process:
+            self._begin_next()
+
+    def change(self, plan: WorkerPlan) -> None:
+        """Run by another plan: end what runs by the old one in order, then begin."""
+        self._next_plan = plan
+        self.note, self.is_removed = "", False
+        self.handle(lifecycle.Stop())
+
+    def remove(self) -> None:
+        """End it for good, because its file is gone; its account stays."""
+        self.is_removed, self._next_plan = True, None
+        self.note = "its file was removed"
+        self.handle(lifecycle.Stop())
+
+    def forget_change(self) -> None:
+        """Do not begin by another plan: everything is to end."""
+        self._next_plan = None
+
+    def watch(self) -> None:
+        """Measure what its process takes, where its policy limits that. Once a second."""
+        policy = self.plan.policy
+        if not self.child.has_process or not (policy.memory_limit_bytes or policy.cpu_limit_percent):
+            self._meter = None
+            return
+        if self._meter is None or self._meter.pid != self.pid:
+            self._meter = UsageMeter(self.pid)
+        usage = self._meter.read()
+        if usage is not None:
+            self.handle(lifecycle.Usage(*usage))
+
+    def _begin_next(self) -> None:
+        plan, self._next_plan = self._next_plan, None
+        if plan is None:
+            return
+        self.plan = plan
+        restart_count = self.child.restart_count
+        child = lifecycle.failed(plan.problem) if plan.problem else lifecycle.Child()
+        self.child = replace(child, restart_count=restart_count)
+        if plan.problem:
+            self._log.error("job.failed", reason=plan.problem)
+        else:
+            self.handle(lifecycle.Start())
+
+    def _act(self, actions: Sequence[Action]) -> None:
         for action in actions:
             match action:
                 case Action.SPAWN:
                     self._spawn()
                 case Action.ASK_STOP:
                     self._ask_stop()
+                case Action.RESET:
+                    self._log.warning("device.reset", reason=self.child.reason)
+                    self.send({"type": "reset"})
                 case Action.KILL:
                     self._log.warning("job.killed", pid=self.pid, reason="did not stop in time")
                     self._signal_group(signal.SIGKILL)
@@ -210,7 +256,7 @@ class WorkerProcess:
         if self.child.restart_count:
             self._last_restart_ns = utc_ns()
         self._ended_reason = ""
-        self._progress = ()
+        self._progress = _NO_PROGRESS
         self._lost_ns = 0
         link, theirs = Link.pair()
         try:
@@ -229,7 +275,8 @@ class WorkerProcess:
         self.link = link
         self.pid = self._process.pid
         self.handle(lifecycle.Spawned())
-        self.send({"type": "spec", **self.plan.spec})
+        needs_reset = self.plan.policy.has_reset and self.child.attempts > 0
+        self.send({"type": "spec", **self.plan.spec, "needs_reset": needs_reset})
 
     def _ask_stop(self) -> None:
         self.send({"type": "stop"})
@@ -260,8 +307,12 @@ class WorkerProcess:
                 self._take_topics(message.get("topics"))
                 if self.snapshot is not None:
                     self.handle(lifecycle.Report(self._has_advanced(message), self.snapshot.is_blocked))
+            case "working":
+                self.handle(lifecycle.Report(has_advanced=True, is_blocked=False))
             case "ended":
                 self._take_snapshot(message)
+                is_blocked = self.child.state is State.BLOCKED
+                self.handle(lifecycle.Report(self._has_advanced(message), is_blocked))
                 self._ended_reason = " ".join(str(message.get("reason", "")).split())[:REASON_MAX]
             case _:
                 self._on_message(self.plan.unique_id, message)
@@ -281,7 +332,8 @@ class WorkerProcess:
 
     def _has_advanced(self, message: dict[str, Any]) -> bool:
         held = self.snapshot
-        progress = (message.get("beats"), held.in_count, held.out_count) if held is not None else ()
+        beats = message.get("beats", self._progress[0])
+        progress = (beats, held.in_count, held.out_count) if held is not None else self._progress
         has_advanced = progress != self._progress
         self._progress = progress
         return has_advanced

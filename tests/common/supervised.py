@@ -11,9 +11,11 @@ from pathlib import Path
 
 from edgedaq.command_line import guarded, run_supervisor
 from edgedaq.config_dir import load_jobs
-from edgedaq.logsetup import configure
+from edgedaq.logsetup import configure, is_service
 from edgedaq.plans import Place, job_plan
+from edgedaq.registry import forget_modules
 from edgedaq.supervisor import DEVICES, INTAKE, STORES, UPLINK, SupervisorSetup
+from edgedaq.worker_plan import WorkerPlan
 
 _GROUPS = {"uplink": UPLINK, "intake": INTAKE, "stores": STORES}
 
@@ -22,13 +24,19 @@ def main(config_dir: Path, runtime_dir: Path) -> int:
     """Run until stopped."""
     configure()
     place = Place("n1", config_dir, runtime_dir, config_dir / "state", config_dir / "out")
-    plans = [
-        dataclasses.replace(
-            job_plan(file, place), group=_GROUPS.get(file.unique_id.partition("_")[0], DEVICES)
-        )
-        for file in load_jobs(config_dir, {}, {}, takes_stores=False)
-    ]
-    setup = SupervisorSetup("n1", "agent", "0", runtime_dir, plans)
+
+    def plans() -> list[WorkerPlan]:
+        forget_modules(config_dir)
+        return [
+            dataclasses.replace(
+                job_plan(file, place), group=_GROUPS.get(file.unique_id.partition("_")[0], DEVICES)
+            )
+            for file in load_jobs(config_dir, {}, {}, takes_stores=False)
+        ]
+
+    setup = SupervisorSetup(
+        "n1", "agent", "0", runtime_dir, plans(), reload=plans, reloads_on_hangup=is_service()
+    )
     return guarded(lambda: run_supervisor(runtime_dir, lambda: setup))
 
 

@@ -16,6 +16,7 @@ from edgedaq.lifecycle import (
     State,
     Stop,
     Tick,
+    Usage,
     failed,
     step,
 )
@@ -254,9 +255,20 @@ class Lifecycle(RuleBasedStateMachine):
         restart=st.sampled_from(["always", "on_failure", "never"]),
         limit=st.sampled_from([None, 0, 2]),
         hang_s=st.sampled_from([None, 4.0]),
+        startup=st.sampled_from(["restart", "retry", "fail", "ignore"]),
+        has_reset=st.booleans(),
     )
-    def begin(self, restart, limit, hang_s):
-        self.policy = dataclasses.replace(POLICY, restart=restart, restart_limit=limit, hang_limit_s=hang_s)
+    def begin(self, restart, limit, hang_s, startup, has_reset):
+        self.policy = dataclasses.replace(
+            POLICY,
+            restart=restart,
+            restart_limit=limit,
+            hang_limit_s=hang_s,
+            startup_error=startup,
+            has_reset=has_reset,
+            memory_limit_bytes=100,
+            cpu_limit_percent=50.0,
+        )
         self.child = Child()
         self.now_ns = 0
         self.processes = 0
@@ -276,6 +288,9 @@ class Lifecycle(RuleBasedStateMachine):
             if action is Action.ASK_STOP:
                 assert self.processes == 1
                 self.is_asked = True
+            if action is Action.RESET:
+                assert self.processes == 1
+                assert self.policy.has_reset
             if action is Action.KILL:
                 assert self.processes == 1
                 assert self.is_asked, "killed without having been asked"
@@ -327,6 +342,11 @@ class Lifecycle(RuleBasedStateMachine):
         self.processes = 0
         self.happen(Exited(code, "x", 0.5))
 
+    @precondition(lambda self: self.processes)
+    @rule(memory=st.sampled_from([10, 101]), cpu=st.sampled_from([10.0, 90.0]))
+    def it_takes(self, memory, cpu):
+        self.happen(Usage(memory, cpu))
+
     @rule()
     def its_link_ends(self):
         self.happen(LinkLost())
@@ -369,3 +389,145 @@ class Lifecycle(RuleBasedStateMachine):
 
 TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+def test_a_startup_error_has_a_policy_of_its_own_until_the_job_has_worked_once():
+    for behavior, state in (("fail", State.FAILED), ("ignore", State.STOPPED), ("retry", State.BACKOFF)):
+        policy = dataclasses.replace(POLICY, startup_error=behavior, restart_limit=0)
+        story = running(policy)
+        actions = story.at(1, Exited(1, "no such device", jitter=1.0))
+        assert (story.state, actions) == (state, [Action.ALARM] if behavior == "fail" else [])
+        assert "no such device" in story.child.reason
+        story = running(policy)
+        story.at(1, Report(has_advanced=True, is_blocked=False))
+        assert story.at(2, Exited(1, "unplugged")) == [Action.ALARM]
+        assert story.child.reason == "gave up after 0 restarts: unplugged"
+
+
+def test_an_absent_device_is_retried_for_ever_with_back_off():
+    story = running(dataclasses.replace(POLICY, startup_error="retry", restart="never", restart_limit=1))
+    for _ in range(50):
+        story.at(story.now_ns / S, Exited(1, "absent", jitter=1.0))
+        assert story.state is State.BACKOFF
+        story.at(story.child.due_ns / S, Tick(), Spawned(), Started())
+    assert story.child.restart_count == 50
+
+
+def test_a_person_who_starts_a_job_again_gives_its_device_a_new_chance():
+    story = running(dataclasses.replace(POLICY, startup_error="fail"))
+    story.at(1, Report(has_advanced=True, is_blocked=False), Stop(), Exited(0))
+    story.at(2, Start(), Spawned(), Started())
+    assert story.at(3, Exited(1, "absent")) == [Action.ALARM]
+
+
+def test_a_hang_climbs_a_ladder_reset_restart_failed():
+    story = running(dataclasses.replace(POLICY, hang_limit_s=5.0, has_reset=True, restart_limit=1))
+    story.at(0, Report(has_advanced=True, is_blocked=False))
+    assert story.at(5, Tick()) == [Action.RESET]
+    assert story.child.reason == "did nothing for 5 s (hang_limit), its device is being reset"
+    assert story.at(6, Report(has_advanced=False, is_blocked=False), Tick()) == []
+    assert story.at(10, Tick()) == [Action.ASK_STOP]
+    story.at(11, Exited(0, jitter=1.0))
+    assert (story.state, story.wait_s) == (State.BACKOFF, 1.0)
+    story.at(12, Tick(), Spawned(), Started())
+    assert story.at(17, Tick()) == [Action.RESET]
+    assert story.at(22, Tick()) == [Action.ASK_STOP]
+    assert story.at(23, Exited(0)) == [Action.ALARM]
+    assert story.state is State.FAILED
+
+
+def test_a_reset_that_helps_ends_the_ladder():
+    story = running(dataclasses.replace(POLICY, hang_limit_s=5.0, has_reset=True))
+    assert story.at(5, Tick()) == [Action.RESET]
+    story.at(7, Report(has_advanced=True, is_blocked=False))
+    assert (story.state, story.wait_s, story.child.reason) == (State.RUNNING, 5.0, "")
+    assert story.at(12, Tick()) == [Action.RESET]
+
+
+def test_a_job_that_takes_too_much_memory_is_ended_and_started_again():
+    story = running(dataclasses.replace(POLICY, memory_limit_bytes=100 << 20))
+    assert story.at(1, Usage(100 << 20, 500.0)) == []
+    assert story.at(2, Usage((100 << 20) + 1, 0.0)) == [Action.ASK_STOP]
+    assert story.at(3, Usage(1 << 40, 0.0)) == []
+    story.at(4, Exited(0, jitter=1.0))
+    assert story.state is State.BACKOFF
+    assert story.child.reason == "took 100 MiB of memory, more than 100 MiB (memory_limit)"
+
+
+def test_a_job_may_use_more_than_its_share_of_a_core_for_ten_seconds():
+    story = running(dataclasses.replace(POLICY, cpu_limit_percent=50.0))
+    for now_s in range(1, 10):
+        assert story.at(now_s, Usage(0, 90.0)) == []
+    story.at(10, Usage(0, 50.0))
+    for now_s in range(11, 21):
+        assert story.at(now_s, Usage(0, 90.0)) == []
+    assert story.at(21, Usage(0, 90.0)) == [Action.ASK_STOP]
+    assert story.child.reason == "used 90 % of a core, more than 50 % (cpu_limit)"
+
+
+def test_no_order_of_events_reaches_a_state_that_promises_something_else():
+    """Every event in every state that can be reached at all, up to equal children; no randomness."""
+    policy = Policy(
+        backoff_initial_s=1.0, backoff_max_s=1.0, hang_limit_s=1.0, has_reset=True, restart_limit=2,
+        stop_limit_s=1.0, start_limit_s=1.0, kill_limit_s=1.0, memory_limit_bytes=10, healthy_after_s=1000.0,
+    )  # fmt: skip
+    events = [
+        Start(), Spawned(), SpawnFailed("none left"), Started(), Report(True, False), Report(False, False),
+        Report(False, True), Usage(5, 0.0), Usage(11, 0.0), Exited(0), Exited(1, "x"), Exited(78, "x"),
+        Exited(-15, "stopped", was_stopped=True), LinkLost(), Hold("rings"), Stop(), Stop(0.5), Tick(),
+    ]  # fmt: skip
+    waiting, seen, visited = [Child()], set(), set()
+    while waiting:
+        child = waiting.pop()
+        for event in events:
+            now_ns = 1 if child.due_ns is None or not isinstance(event, Tick) else child.due_ns
+            after, actions = step(child, event, now_ns, policy)
+            visited.add((child.state, type(event)))
+            check(child, event, after, actions)
+            after = normal(after)
+            if after not in seen:
+                seen.add(after)
+                waiting.append(after)
+    assert visited == {(state, type(event)) for state in State for event in events}
+    assert len(seen) < 5000
+
+
+def normal(child: Child) -> Child:
+    """Return the child without what only grows: times, counts, and the words of reasons."""
+    return dataclasses.replace(
+        child,
+        since_ns=0,
+        due_ns=None if child.due_ns is None else 0,
+        restart_count=0,
+        reason="",
+        running_ns=min(child.running_ns, 1),
+        advanced_ns=min(child.advanced_ns, 1),
+        over_cpu_ns=min(child.over_cpu_ns, 1),
+    )
+
+
+def check(before: Child, event: object, after: Child, actions: tuple[Action, ...]) -> None:
+    if Action.SPAWN in actions:
+        assert not before.has_process
+        assert after.state is State.STARTING
+        assert after.is_wanted
+    if Action.ASK_STOP in actions:
+        assert (before.has_process, after.state) == (True, State.STOPPING)
+    if Action.RESET in actions:
+        assert (before.has_process, after.state) == (True, State.RUNNING)
+    if Action.KILL in actions:
+        assert before.state is State.STOPPING
+        assert not before.is_killed
+    assert (Action.ALARM in actions) == (after.state is State.FAILED and before.state is not State.FAILED)
+    if after.state in (State.RUNNING, State.BLOCKED, State.STOPPING):
+        assert after.has_process
+    if after.state in (State.STOPPED, State.BACKOFF):
+        assert not after.has_process
+    if after.state in (State.BACKOFF, State.STOPPING):
+        assert after.due_ns is not None
+    if after.state in (State.STOPPED, State.FAILED):
+        assert after.due_ns is None
+    if not after.is_wanted:
+        assert after.state in (State.STOPPED, State.STOPPING, State.FAILED)
+    if isinstance(event, Exited):
+        assert not after.has_process
