@@ -16,11 +16,12 @@ from edgedaq.command_line import (
     show_reload,
     show_status,
 )
+from edgedaq.install_command import add_install, install_command
 from edgedaq.keys import enrolment_path
 from edgedaq.main_config import version
 from edgedaq.tail import add_tail, run_tail
 
-from edgedaq_agent import app
+from edgedaq_agent import app, service
 from edgedaq_agent.join import join
 
 __all__ = ["main"]
@@ -83,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
             add_status(command)
         if name == "tail":
             add_tail(command)
+    add_install(commands, app.ROLE, _install)
     return parser
+
+
+def _install(options: argparse.Namespace) -> int:
+    return install_command(options, app.ROLE, *service.install_facts(options.config_dir, options.root))
 
 
 def _run(options: argparse.Namespace) -> int:

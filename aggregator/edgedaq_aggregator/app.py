@@ -104,7 +104,7 @@ def load(config_dir: Path, *, is_standalone: bool = False, out_dir: Path | None 
         raise ConfigError("\n".join(lines)) from e
     files = _jobs(config_dir)
     stored = out_dir.resolve() if out_dir else resolve_dir(config.out_dir, config_dir, Path("out"))
-    state_dir = resolve_dir(config.state_dir, config_dir, service_state_dir() or stored / ".state")
+    state_dir = resolve_dir(config.state_dir, config_dir, service_state_dir(config_dir) or stored / ".state")
     problems: list[str] = []
     lanes: list[LaneSpec] = []
     if any(not file.is_store for file in files):

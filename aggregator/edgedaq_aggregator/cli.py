@@ -18,10 +18,11 @@ from edgedaq.command_line import (
     show_reload,
     show_status,
 )
+from edgedaq.install_command import add_install, install_command
 from edgedaq.main_config import version
 from edgedaq.tail import add_tail, run_tail
 
-from edgedaq_aggregator import app
+from edgedaq_aggregator import app, service
 from edgedaq_aggregator.demo import run_demo
 from edgedaq_aggregator.forget import forget
 from edgedaq_aggregator.ledger import format_ledger, read_ledger
@@ -120,7 +121,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--seconds", type=float, default=20.0, help="how long; 0: until Ctrl-C (%(default)s)"
             )
+    add_install(commands, app.ROLE, _install)
     return parser
+
+
+def _install(options: argparse.Namespace) -> int:
+    return install_command(options, app.ROLE, *service.install_facts(options.config_dir, options.root))
 
 
 def _run(options: argparse.Namespace) -> int:

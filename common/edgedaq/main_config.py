@@ -21,6 +21,7 @@ __all__ = [
     "default_state_dir",
     "fit_on_disk",
     "make_directory",
+    "place_of",
     "read_main",
     "resolve_dir",
     "resolve_runtime_dir",
@@ -54,21 +55,38 @@ def resolve_runtime_dir(given: str, config_dir: Path, role: str, where: Path) ->
         ConfigError: Its path is too long.
     """
     try:
-        return check_runtime_dir(resolve_dir(given, config_dir, default_runtime_dir(config_dir, role)))
+        place = place_of(config_dir)
+        is_told = bool(os.environ.get("RUNTIME_DIRECTORY"))
+        default = default_runtime_dir(config_dir, role)
+        if place is not None and not is_told:
+            default = Path("/run") / place
+        return check_runtime_dir(resolve_dir(given, config_dir, default))
     except ConfigError as e:
         message = f"{where}: {e}"
         raise ConfigError(message) from e
 
 
-def service_state_dir() -> Path | None:
-    """Return the state directory that systemd has made for this service, if it runs under one."""
+def place_of(config_dir: Path) -> str | None:
+    """Return what the directories of a service are called: ``X`` for ``/etc/X``, ``X-Y`` for ``/etc/X/Y``.
+
+    None for a directory elsewhere, which is a person's and not a service's.
+    """
+    parts = config_dir.resolve().parts
+    return "-".join(parts[2:]) if parts[:2] == ("/", "etc") and len(parts) in (3, 4) else None
+
+
+def service_state_dir(config_dir: Path) -> Path | None:
+    """Return the state directory that systemd makes for the service of this directory, if it is one's."""
     given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    return Path(given) if given else None
+    if given:
+        return Path(given)
+    place = place_of(config_dir)
+    return None if place is None else Path("/var/lib") / place
 
 
 def default_state_dir(config_dir: Path, node: str) -> Path:
     """Return where a node's state is kept if no file says so: the service's directory, or this user's."""
-    given = service_state_dir()
+    given = service_state_dir(config_dir)
     if given:
         return given
     base = os.environ.get("XDG_STATE_HOME", "")
