@@ -14,7 +14,7 @@ __all__ = ["install_facts"]
 _OUT_DIR = "/srv/edgedaq"
 _MAIN_FILE = f"""\
 # The control room. Every other .toml file of this directory is a store (or a job of the aggregator itself);
-# `edgedaq-aggregator check` finds mistakes. If out_dir changes, run `edgedaq-aggregator install-service` again.
+# `edgedaq-aggregator check` finds mistakes. If out_dir changes, install the service again.
 supervisor_id = "aggregator"
 listen = "tcp://127.0.0.1:7770"
 out_dir = "{_OUT_DIR}"
