@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 # make bench-compare: what else a user might pick, measured in the same run.
-.PHONY: help venv demo servers test check bench bench-compare clean
+.PHONY: help venv demo servers test check bench bench-compare systemd clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,11 +51,15 @@ bench: $(STAMP) ## throughput, latency, processor, memory, and how they grow; be
 	$(BIN)/python -m benchmarks.end_to_end --repeats '$(REPEATS)'
 	$(BIN)/python -m benchmarks.footprint --repeats '$(REPEATS)'
 	$(BIN)/python -m benchmarks.scaling --repeats '$(REPEATS)'
+	$(BIN)/python -m benchmarks.start
 
 bench-compare: $(STAMP) ## beside Redis streams, plain ZMQ and arroyopy (in an environment of its own)
 	$(PYTHON) -m venv $(VENV)-compare
 	$(VENV)-compare/bin/python -m pip install --quiet 'arroyopy[zmq]'
 	$(BIN)/python -m benchmarks.compare --repeats '$(REPEATS)' --arroyo-python $(VENV)-compare/bin/python
+
+systemd: $(STAMP) ## write systemd/ as install-service would install it
+	$(BIN)/python -m tests.service.render
 
 clean: ## remove what make and the tools made; never data
 	rm -rf $(VENV) $(VENV)-compare .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -16,6 +16,7 @@ from edgedaq.command_line import (
     show_reload,
     show_status,
 )
+from edgedaq.doctor_command import report_findings
 from edgedaq.install_command import add_install, install_command
 from edgedaq.keys import enrolment_path
 from edgedaq.main_config import version
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("run", _run, "run the jobs of a directory until stopped"),
         ("check", _check, "find every mistake in a directory; start nothing"),
+        ("doctor", _doctor, "look at this host: clock, disks, devices, keys, network; say what to do"),
         ("reload", _reload, "let a running one take changed files, each job for itself"),
         ("status", _status, "show what a running agent does"),
         ("join", _join, "make this node's key and let an aggregator know it, by an invitation"),
@@ -103,6 +105,10 @@ def _check(options: argparse.Namespace) -> int:
     refuse_broken(agent.files, agent.problems, always=True)
     say(f"{options.config_dir}: {len(agent.files)} jobs, no mistake found")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return report_findings(service.examine(options.config_dir))
 
 
 def _reload(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from edgedaq.command_line import (
     show_reload,
     show_status,
 )
+from edgedaq.doctor_command import report_findings
 from edgedaq.install_command import add_install, install_command
 from edgedaq.main_config import version
 from edgedaq.tail import add_tail, run_tail
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("run", _run, "run intake and stores until stopped"),
         ("check", _check, "find every mistake in a directory; start nothing"),
+        ("doctor", _doctor, "look at this host: clock, disks, devices, keys, network; say what to do"),
         ("reload", _reload, "let a running one take changed files, each job for itself"),
         ("status", _status, "show what a running aggregator does: jobs, nodes, lags, ledger"),
         ("nodes", _nodes, "show the nodes: keys, expiry, when last heard of"),
@@ -141,6 +143,10 @@ def _check(options: argparse.Namespace) -> int:
     stores = sum(file.is_store for file in aggregator.files)
     say(f"{options.config_dir}: {stores} stores, {len(aggregator.files) - stores} jobs, no mistake found")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return report_findings(service.examine(options.config_dir))
 
 
 def _reload(options: argparse.Namespace) -> int:

@@ -25,9 +25,10 @@ from pathlib import Path
 from edgedaq.errors import ConfigError
 from edgedaq.main_config import place_of
 
-__all__ = ["DEVICE_GROUPS", "USER", "Service", "install", "service_files", "uninstall"]
+__all__ = ["DEVICE_GROUPS", "KEY_FILE", "USER", "Service", "install", "service_files", "uninstall"]
 
 USER = "edgedaq"
+KEY_FILE = "enrolment.key"
 DEVICE_GROUPS = ("dialout", "i2c", "gpio", "spi", "video", "plugdev")
 _UNITS = Path("/etc/systemd/system")
 _AGENT_DEVICES = """\
@@ -44,6 +45,10 @@ DeviceAllow=char-usb_device rw
 DeviceAllow=char-usbtmc rw
 DeviceAllow=char-hidraw rw
 DeviceAllow=char-video4linux rw"""
+_KEY_STEP = """\
+# Who enrolled this node was root; the key is to be the service's alone.
+ExecStartPre=+/bin/sh -c 'test ! -e {key} || chown {user}: {key}'
+"""
 _NO_DEVICES = "PrivateDevices=yes\nDevicePolicy=closed\nPrivateUsers=yes"
 
 
@@ -184,7 +189,11 @@ def _unit(service: Service) -> str:
         place = place.removesuffix(service.instance) + "%i"
         config_dir = config_dir.parent / "%i"
         description += " %i"
+    credential = "edgedaq-enrolment" if is_agent else "edgedaq-aggregator-key"
+    key = f"{config_dir}/{KEY_FILE}"
     values = {
+        "before": _KEY_STEP.format(key=key, user=USER) if is_agent else "",
+        "credential": f"{credential}:{credential}-%i" if service.instance else credential,
         "description": description,
         "command": service.command,
         "unit": service.unit_file,

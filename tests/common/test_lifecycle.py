@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from edgedaq.lifecycle import (
     Action,
     Child,
+    Event,
     Exited,
     Hold,
     LinkLost,
@@ -392,7 +394,12 @@ TestLifecycle.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_a_startup_error_has_a_policy_of_its_own_until_the_job_has_worked_once():
-    for behavior, state in (("fail", State.FAILED), ("ignore", State.STOPPED), ("retry", State.BACKOFF)):
+    behaviors: dict[Literal["fail", "ignore", "retry"], State] = {
+        "fail": State.FAILED,
+        "ignore": State.STOPPED,
+        "retry": State.BACKOFF,
+    }
+    for behavior, state in behaviors.items():
         policy = dataclasses.replace(POLICY, startup_error=behavior, restart_limit=0)
         story = running(policy)
         actions = story.at(1, Exited(1, "no such device", jitter=1.0))
@@ -471,7 +478,7 @@ def test_no_order_of_events_reaches_a_state_that_promises_something_else():
         backoff_initial_s=1.0, backoff_max_s=1.0, hang_limit_s=1.0, has_reset=True, restart_limit=2,
         stop_limit_s=1.0, start_limit_s=1.0, kill_limit_s=1.0, memory_limit_bytes=10, healthy_after_s=1000.0,
     )  # fmt: skip
-    events = [
+    events: list[Event] = [
         Start(), Spawned(), SpawnFailed("none left"), Started(), Report(True, False), Report(False, False),
         Report(False, True), Usage(5, 0.0), Usage(11, 0.0), Exited(0), Exited(1, "x"), Exited(78, "x"),
         Exited(-15, "stopped", was_stopped=True), LinkLost(), Hold("rings"), Stop(), Stop(0.5), Tick(),
@@ -506,7 +513,7 @@ def normal(child: Child) -> Child:
     )
 
 
-def check(before: Child, event: object, after: Child, actions: tuple[Action, ...]) -> None:
+def check(before: Child, event: Event, after: Child, actions: tuple[Action, ...]) -> None:
     if Action.SPAWN in actions:
         assert not before.has_process
         assert after.state is State.STARTING

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+from edgedaq.control import request
 
 from tests.system.harness import Site
 
@@ -143,21 +145,13 @@ def test_a_job_at_10_khz_misses_no_second_beside_jobs_that_misbehave_in_every_wa
     reload_files(site)
     wait_for(site, "exits", "finished", state="STOPPED", restart_count=0)
     wait_for(site, "fails", "gave up after 3 restarts: RuntimeError: the crate is off", state="FAILED")
-    log = site.agent.log
     for name, told in (
         ("hangs", "did nothing for 1 s (hang_limit)"),
         ("leaks", "more than 96 MiB (memory_limit)"),
         ("forks", "more than 96 MiB (memory_limit)"),
     ):
-        site.agent.wait(
-            lambda name=name, told=told: any(
-                f"job={name} " in line and told in line and "BACKOFF" in line
-                for line in log.read_text().splitlines()
-            ),
-            40,
-            f"{name}: {told}",
-        )
-        site.agent.wait(lambda name=name: site.agent.jobs()[name]["restart_count"] >= 1, 20, f"{name} again")
+        site.agent.wait(partial(has_told, site, name, told), 40, f"{name}: {told}")
+        site.agent.wait(partial(has_come_back, site, name), 20, f"{name} again")
     wait_for(site, "blocked", "its ring is full", state="BLOCKED")
     deaf = site.agent.pid_of("deaf")
     for name in NEIGHBOURS:
@@ -175,9 +169,16 @@ def test_a_job_at_10_khz_misses_no_second_beside_jobs_that_misbehave_in_every_wa
     assert not [entry for entry in psutil.process_iter() if is_child_of_forks(entry)]
 
 
-def reload_files(site: Site) -> None:
-    from edgedaq.control import request
+def has_told(site: Site, name: str, told: str) -> bool:
+    lines = site.agent.log.read_text().splitlines()
+    return any(f"job={name} " in line and told in line and "BACKOFF" in line for line in lines)
 
+
+def has_come_back(site: Site, name: str) -> bool:
+    return bool(site.agent.jobs()[name]["restart_count"] >= 1)
+
+
+def reload_files(site: Site) -> None:
     request(site.agent.runtime_dir, "reload", limit_s=20)
 
 
