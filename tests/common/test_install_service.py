@@ -102,7 +102,7 @@ def tree(root):
 
 
 def put(service, root, **options):
-    told = []
+    told: list[str] = []
     install(service, root=root, say=told.append, start=False, **{"dry_run": False, **options})
     return "\n".join(told)
 

@@ -313,7 +313,7 @@ class Machine:
 
     def reboot(self) -> None:
         """Boot it again in order; return when it runs."""
-        former = self.leader
-        self.ask("systemctl", "reboot")
-        self.wait(lambda: self.leader not in (0, former), 60, "shuts down")
-        self.wait_running()
+        assert self._process is not None
+        self.ask("systemctl", "poweroff")
+        self._process.wait(90)
+        self.boot()
