@@ -41,11 +41,13 @@ def examine(config_dir: Path) -> list[Finding]:
     agent = app.load(config_dir)
     place, user = agent.place, user_of(config_dir)
     found = [Finding("problem", FILE_NAME, problem, "edit it") for problem in agent.problems]
+    kept = [lane for lane in place.lanes if lane.options.durability == "disk"]
+    reserve = max((lane.reserve for lane in kept), default=0)
     found += examine_host(
         agent.files,
         user,
         runtime_dir=place.runtime_dir,
-        disks=[("spool", place.state_dir, *agent.spool)],
+        disks=[("spool", place.state_dir, sum(lane.limit for lane in kept), reserve)],
     )
     key_file = config_dir / KEY_FILE
     if key_file.exists() or not agent.config.aggregator.startswith(_LOOPBACK):

@@ -205,7 +205,7 @@ def _setup(aggregator: Aggregator, view: LiveView, lifeline_fd: int | None) -> S
         on_end=statistics.close,
         facts=facts,
         lifeline_fd=lifeline_fd,
-        reload=lambda: _job_plans(reload_jobs(place.config_dir, takes_stores=True), place),
+        reload=lambda: _reloaded(place),
         reloads_on_hangup=is_service(),
     )
 
@@ -227,6 +227,16 @@ def _own_key(aggregator: Aggregator, listen: str) -> str:
     )
     write_enrolment(place.runtime_dir / ENROLMENT_NAME, enrolment)
     return keys.public
+
+
+def _reloaded(place: Place) -> list[WorkerPlan]:
+    """Return the plans of all files as they are now; without an uplink, a job could not hand its data on."""
+    files = reload_jobs(place.config_dir, takes_stores=True)
+    for file in files if not place.lanes else ():
+        if not file.is_store and not file.problems:
+            file.config = None
+            file.problems.append(f"{file.path}: the first job beside stores is taken at the next start only")
+    return _job_plans(files, place)
 
 
 def _job_plans(files: Sequence[JobFile], place: Place) -> list[WorkerPlan]:
