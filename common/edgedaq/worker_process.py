@@ -41,6 +41,8 @@ _TOPICS_MAX = 256
 LINK_GRACE_NS = 1_000_000_000
 """How long a process may live on after its link has ended; an orderly end takes a moment between the two."""
 
+_OOM_SCORE = "300"
+
 _NO_PROGRESS: tuple[Any, ...] = (0, 0, 0)
 
 _jitter = random.random
@@ -274,6 +276,8 @@ class WorkerProcess:
             return
         self.link = link
         self.pid = self._process.pid
+        if not self.plan.is_part:
+            _volunteer(self.pid)
         self.handle(lifecycle.Spawned())
         needs_reset = self.plan.policy.has_reset and self.child.attempts > 0
         self.send({"type": "spec", **self.plan.spec, "needs_reset": needs_reset})
@@ -373,6 +377,12 @@ def worker_environment() -> dict[str, str]:
     if places:
         environment["PYTHONPATH"] = os.pathsep.join(places)
     return environment
+
+
+def _volunteer(pid: int) -> None:
+    """Let the kernel end a job before what carries the data of all, where memory runs out."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
 
 
 def _has_ended(pid: int) -> bool:
