@@ -17,6 +17,7 @@ import msgspec
 
 from edgedaq.config import DAQJobConfig, build_job_config
 from edgedaq.errors import ConfigError
+from edgedaq.import_limit import import_limit
 from edgedaq.job import DAQJob
 from edgedaq.registry import JOB_TABLE, STORE_TABLE, forget_modules, load_class, load_table, resolve
 from edgedaq.store_config import STORE_TYPES, DAQJobStoreConfig
@@ -166,7 +167,8 @@ def _load(
         return file
     try:
         file.target = resolve(job_type, {**jobs, **stores} if takes_stores else jobs, config_dir)
-        job_class = load_class(file.target, config_dir)
+        with import_limit():
+            job_class = load_class(file.target, config_dir)
         config_type = job_class.config_type
     except ConfigError as e:
         file.problems += [f"{path}: {line}" for line in str(e).splitlines()]
