@@ -8,20 +8,25 @@ from pathlib import Path
 
 from edgedaq.doctor import Finding, check_key_file, check_reachable
 from edgedaq.doctor_command import examine_host, user_of
-from edgedaq.install_service import KEY_FILE
+from edgedaq.errors import ConfigError
+from edgedaq.keys import ENROLMENT_NAME, enrolment_path
+from edgedaq.transport import is_loopback
 
 from edgedaq_agent import app
 from edgedaq_agent.config import FILE_NAME
+from edgedaq_agent.dialling import Dialling
 
 __all__ = ["examine", "install_facts"]
 
-_LOOPBACK = ("tcp://127.", "tcp://localhost:", "tcp://[::1]:")
 
 _MAIN_FILE = """\
 # One node. Every other .toml file of this directory is a job; `edgedaq-agent check` finds mistakes.
 supervisor_id = "{node}"
-aggregator = "tcp://127.0.0.1:7770"
+# aggregator = "tcp://192.0.2.1:7770"   # left out: where this node has joined
 """
+
+
+_JOIN = "there: edgedaq-aggregator invite NODE; here: what that prints"
 
 
 def install_facts(config_dir: Path, root: Path) -> tuple[tuple[str, str], list[Path]]:
@@ -49,9 +54,16 @@ def examine(config_dir: Path) -> list[Finding]:
         runtime_dir=place.runtime_dir,
         disks=[("spool", place.state_dir, sum(lane.limit for lane in kept), reserve)],
     )
-    key_file = config_dir / KEY_FILE
-    if key_file.exists() or not agent.config.aggregator.startswith(_LOOPBACK):
-        fix = "edgedaq-aggregator invite NODE there, edgedaq-agent join here"
-        missing = Finding("problem", "keys", "this node is not enrolled", fix)
+    try:
+        address = (
+            Dialling(agent.config.aggregator, enrolment_path(config_dir), agent.config.supervisor_id)
+            .destination()
+            .address
+        )
+    except ConfigError as e:
+        return [*found, Finding("problem", "keys", str(e), _JOIN)]
+    key_file = config_dir / ENROLMENT_NAME
+    if key_file.exists() or not is_loopback(address):
+        missing = Finding("problem", "keys", "this node has joined no aggregator", _JOIN)
         found += check_key_file(key_file, user, missing=missing)
-    return found + check_reachable(agent.config.aggregator)
+    return found + check_reachable(address)

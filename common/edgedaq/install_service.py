@@ -25,10 +25,9 @@ from pathlib import Path
 from edgedaq.errors import ConfigError
 from edgedaq.main_config import place_of
 
-__all__ = ["DEVICE_GROUPS", "KEY_FILE", "USER", "Service", "install", "service_files", "uninstall"]
+__all__ = ["DEVICE_GROUPS", "USER", "Service", "install", "service_files", "uninstall"]
 
 USER = "edgedaq"
-KEY_FILE = "enrolment.key"
 DEVICE_GROUPS = ("dialout", "i2c", "gpio", "spi", "video", "plugdev")
 _UNITS = Path("/etc/systemd/system")
 _AGENT_DEVICES = """\
@@ -45,10 +44,6 @@ DeviceAllow=char-usb_device rw
 DeviceAllow=char-usbtmc rw
 DeviceAllow=char-hidraw rw
 DeviceAllow=char-video4linux rw"""
-_KEY_STEP = """\
-# Who enrolled this node was root; the key is to be the service's alone.
-ExecStartPre=+/bin/sh -c 'test ! -e {key} || chown {user}: {key}'
-"""
 _NO_DEVICES = "PrivateDevices=yes\nDevicePolicy=closed\nPrivateUsers=yes"
 
 
@@ -100,9 +95,10 @@ def service_files(service: Service, groups: Sequence[str]) -> dict[Path, str]:
     """
     place = _place(service)
     users = [f'u {USER} - "EdgeDAQ" / -', *(f"m {USER} {group}" for group in groups)]
-    directories = [f"d {service.config_dir} 0750 root {USER} -"]
+    # The service's, so that the key which `join` leaves there is; it sees all of /etc read-only.
+    directories = [f"d {service.config_dir} 0750 {USER} {USER} -"]
     if service.instance:
-        directories.insert(0, f"d {service.config_dir.parent} 0750 root {USER} -")
+        directories.insert(0, f"d {service.config_dir.parent} 0750 {USER} {USER} -")
     directories += [f"d {path} 0750 {USER} {USER} -" for path in service.writable]
     return {
         Path("/etc/sysusers.d/edgedaq.conf"): "".join(f"{line}\n" for line in users),
@@ -190,9 +186,7 @@ def _unit(service: Service) -> str:
         config_dir = config_dir.parent / "%i"
         description += " %i"
     credential = "edgedaq-enrolment" if is_agent else "edgedaq-aggregator-key"
-    key = f"{config_dir}/{KEY_FILE}"
     values = {
-        "before": _KEY_STEP.format(key=key, user=USER) if is_agent else "",
         "credential": f"{credential}:{credential}-%i" if service.instance else credential,
         "description": description,
         "command": service.command,
@@ -268,8 +262,9 @@ def _write(
     new = target.with_name(f".{target.name}.new")
     new.write_text(text, encoding="utf-8")
     new.chmod(mode)
-    if mode & 0o007 == 0:
-        os.chown(new, -1, target.parent.stat().st_gid)
+    if mode & 0o007 == 0:  # for who owns the directory
+        owner = target.parent.stat()
+        os.chown(new, owner.st_uid, owner.st_gid)
     new.replace(target)
     return True
 

@@ -66,16 +66,26 @@ class Site:
         (self.aggregator.root / "etc/edgedaq-aggregator/csv.toml").write_text(
             'daq_job_type = "DAQJobStoreCSV"\n'
         )
+        main = self.aggregator.root / "etc/edgedaq-aggregator/aggregator.toml"
+        main.write_text(main.read_text().replace("127.0.0.1:7770", "0.0.0.0:7770"))
         self.aggregator.run("systemctl", "start", AGGREGATOR)
         self.agent.run(AGENT, "install-service")
         directory = self.agent.root / "etc/edgedaq-agent"
-        (directory / "agent.toml").write_text('supervisor_id = "pi"\naggregator = "tcp://127.0.0.1:7770"\n')
+        (directory / "agent.toml").write_text('supervisor_id = "pi"\n')
         shutil.copy(ROOT / "tests/system/witness_job.py", directory)
         (directory / "tests/system").mkdir(parents=True)
         shutil.copy(ROOT / "tests/system/payload.py", directory / "tests/system")
         (directory / "table.toml").write_text(JOB)
         self.agent.run("install", "-d", "-o", "edgedaq", "-g", "edgedaq", "/var/lib/edgedaq-agent/witness")
         self.agent.run("systemctl", "start", AGENT)
+        self.join("pi")
+
+    def join(self, node: str, config_dir: str = "/etc/edgedaq-agent") -> None:
+        """Let a node that runs join, as `invite` says."""
+        where = ("--config-dir", "/etc/edgedaq-aggregator")
+        told = self.aggregator.run(AGGREGATOR, "invite", node, *where, "--address", "tcp://127.0.0.1:7770")
+        (line,) = [line.split() for line in told.splitlines() if " join " in line]
+        self.agent.run(*line[: line.index("--config-dir")], "--config-dir", config_dir)
 
     def put_count(self) -> int:
         return sum(witnessed(self.witness, "table").values())
@@ -280,6 +290,7 @@ def test_several_agents_run_on_one_host_by_the_template(site: Site):
             '[store_config.csv]\nfile_path = "pc.csv"\n'
         )
         site.agent.run("systemctl", "start", f"{AGENT}@{name}")
+        site.join(name, f"/etc/edgedaq-agent/{name}")
     stored = site.aggregator.root / "srv/edgedaq"
     for name in ("left", "right"):
         site.aggregator.wait((stored / name / "pc.csv").exists, 30, f"data of {name}")
