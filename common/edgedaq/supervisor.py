@@ -343,7 +343,7 @@ class Supervisor:
             sweep_rings(setup.runtime_dir / "rings")
 
     def _tell_service_manager(self) -> None:
-        if not self._is_ready and not self._unstarted:
+        if not (self._is_ready or self._unstarted or self._stop_ns):
             waited_for = [worker for worker in self._workers.values() if not worker.has_begun]
             self._is_ready = not waited_for
             if self._is_ready:
