@@ -29,17 +29,14 @@ echo 'supervisor_id = "arm"' > "$tree/etc/edgedaq-agent/agent.toml"
 
 mount --bind /proc "$tree/proc"
 trap 'umount "$tree/proc"' EXIT
-agent() {
-    chroot "$tree" /usr/bin/env PYTHONPATH=/opt/edgedaq /usr/bin/python3 -m edgedaq_agent.cli "$1" \
-        --config-dir /etc/edgedaq-agent
-}
-agent run 2> "$tree/var/log/edgedaq.log" &
+agent="chroot $tree /usr/bin/env PYTHONPATH=/opt/edgedaq /usr/bin/python3 -m edgedaq_agent.cli"
+$agent run --config-dir /etc/edgedaq-agent 2> "$tree/var/log/edgedaq.log" &
 supervisor=$!
 tries=0
-until agent status 2> /dev/null | grep -q '^test *RUNNING .*[1-9]' || [ $tries -ge 60 ]; do
+until $agent status --config-dir /etc/edgedaq-agent 2> /dev/null | grep -q '^test *RUNNING .*[1-9]' || [ $tries -ge 60 ]; do
     tries=$((tries + 1))
     sleep 2
 done
-agent status
+$agent status --config-dir /etc/edgedaq-agent
 kill $supervisor
 wait $supervisor

@@ -150,7 +150,8 @@ def _built(name: str, contents: str, build: Callable[[Path], None]) -> Path:
             new.rename(path)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
-            raise
+            if not path.exists():  # another run has built the same meanwhile
+                raise
     return path
 
 

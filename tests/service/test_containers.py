@@ -37,7 +37,7 @@ batch_count = {BATCH}
 file_path = "table.csv"
 """
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)  # the first builds what is then kept
 
 
 @pytest.fixture(scope="module")
