@@ -140,7 +140,11 @@ def test_both_signals_end_it_in_order_with_the_aggregator_away(running, runtime_
 def test_under_a_service_a_broken_job_is_failed_and_the_others_run(config_dir, runtime_dir):
     (config_dir / "broken.toml").write_text('daq_job_type = "my.py:Quiet"\nbogus = 1\n')
     process = start("run", "--config-dir", config_dir, INVOCATION_ID="x")
-    jobs = wait_status(process, runtime_dir / "r", lambda jobs: jobs["quiet"]["state"] == "RUNNING")
+    jobs = wait_status(
+        process,
+        runtime_dir / "r",
+        lambda jobs: jobs["quiet"]["state"] == "RUNNING" and ((jobs["uplink"]["total"] or {}).get("extra")),
+    )
     assert jobs["broken"]["state"] == "FAILED"
     assert "unknown key 'bogus'" in jobs["broken"]["reason"]
     process.terminate()
