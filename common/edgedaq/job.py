@@ -133,10 +133,9 @@ class DAQJob:
         )
 
     def reset_device(self) -> None:
-        """Bring a device that is stuck back to its senses, e.g. by switching its power.
+        """Reset a device that is stuck, e.g. by switching its power; by default run ``reset_command``.
 
-        Called where ``start`` hangs (see ``hang_limit``), by another thread beside it, and before ``start``
-        in a life whose predecessor failed. The default runs ``reset_command``.
+        Called where ``start`` hangs, by another thread beside it, and first in a life after one that failed.
 
         Raises:
             DeviceError: It cannot be reset.
@@ -149,8 +148,7 @@ class DAQJob:
         try:
             subprocess.run(command, stdin=subprocess.DEVNULL, check=True, timeout=_RESET_LIMIT_S)
         except (OSError, subprocess.SubprocessError) as e:
-            message = f"job {self.daq_job_unique_id}: reset_command {command} failed: {e}"
-            raise DeviceError(message) from e
+            raise DeviceError(f"job {self.daq_job_unique_id}: reset_command {command} failed: {e}") from e
 
     def on_link_message(self, message: Mapping[str, Any]) -> None:
         """Take a message of the supervisor; called by the service thread, so be quick and share with care."""

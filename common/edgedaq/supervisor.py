@@ -5,8 +5,7 @@ decides nothing itself: ``lifecycle`` decides what happens to a worker, ``stats`
 it a thread of libzmq passes live topics on (``broker``).
 
 Workers begin in the order of their ``start_order``; nobody waits for one that fails. A reload (the command,
-or SIGHUP where ``reloads_on_hangup``) asks the setup for the plans as they are now, and touches only what
-changed. A change of ``agent.toml`` or ``aggregator.toml`` itself takes effect at the next start.
+or SIGHUP under a service) asks for the plans as they are now, and touches only what changed.
 
 A stop (SIGTERM, SIGINT, SIGHUP of a terminal, or the command) ends the workers group by group, each group
 when the earlier one has ended: ``DEVICES``, ``UPLINK``, ``INTAKE``, ``STORES``; so what a device put is in
@@ -86,8 +85,7 @@ class SupervisorSetup:
         on_end: Called once, after the last report.
         facts: Added to ``status``: plain data, asked for at each request.
         lifeline_fd: Its end is a stop: the other end is held by a process that this one must not outlive.
-        reload: Returns the plans of all jobs, without the parts, from the files as they are now; None where
-            that cannot be done. May raise ConfigError.
+        reload: Returns the plans of all jobs, without the parts, from the files as they are now; may raise.
         reloads_on_hangup: SIGHUP is a reload, not a stop.
     """
 
@@ -169,12 +167,11 @@ class Supervisor:
         """Take the files as they are now; return what changed. Of a broken file only the problem is told.
 
         Raises:
-            ConfigError: Nothing could be read; everything runs on as it was.
-            ControlError: There is nothing to reload, or everything is stopping.
+            ConfigError: Nothing could be read.
+            ControlError: Everything is stopping.
         """
         if self._setup.reload is None or self._stop_ns:
-            message = "is stopping, nothing is reloaded" if self._stop_ns else "cannot be reloaded"
-            raise ControlError(message)
+            raise ControlError("is stopping, nothing is reloaded" if self._stop_ns else "cannot be reloaded")
         self._notifier.reloading()
         try:
             wanted = self._setup.reload()
@@ -196,9 +193,9 @@ class Supervisor:
         for name, problem in changes.refused.items():
             self._workers[name].note = f"runs on as it was, its file is broken: {problem}"
             self._log.error("config.refused", job=name, reason=problem)
-        told = changes.to_map()
-        self._log.info("config.reloaded", **{**told, "refused": list(changes.refused)}, reason=reason)
         self._start_due()
+        told = changes.to_map()
+        self._log.info("config.reloaded", **{**told, "refused": list(changes.refused), "reason": reason})
         return told
 
     def run(self) -> int:
@@ -336,17 +333,18 @@ class Supervisor:
         elif self._is_ready:
             jobs = [self._job_status(worker, now_ns) for worker in self._workers.values()]
             self._notifier.status(one_line(jobs))
-        for worker in self._workers.values():
+        workers = self._workers.values()
+        for worker in workers:
             worker.settle()
             worker.watch()
-        if not any(worker.plan.group == UPLINK for worker in self._workers.values()):
+        if not any(worker.plan.group == UPLINK for worker in workers):
             sweep_rings(setup.runtime_dir / "rings")
 
     def _tell_service_manager(self) -> None:
         if not (self._is_ready or self._unstarted or self._stop_ns):
             waited_for = [worker for worker in self._workers.values() if not worker.has_begun]
             self._is_ready = not waited_for
-            if self._is_ready:
+            if not waited_for:
                 self._notifier.ready()
                 self._log.info("supervisor.ready", jobs_count=len(self._workers))
             else:

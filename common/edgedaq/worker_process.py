@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from edgedaq import lifecycle
+from edgedaq.child_process import has_ended, reason_of, volunteer
 from edgedaq.claim_files import withdraw_claim
 from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import WireError
@@ -40,8 +41,6 @@ _TOPICS_MAX = 256
 
 LINK_GRACE_NS = 1_000_000_000
 """How long a process may live on after its link has ended; an orderly end takes a moment between the two."""
-
-_OOM_SCORE = "300"
 
 _NO_PROGRESS: tuple[Any, ...] = (0, 0, 0)
 
@@ -216,7 +215,7 @@ class WorkerProcess:
     def reap(self) -> bool:
         """Notice the end of its process, if it has ended; True if so."""
         process = self._process
-        if process is None or not _has_ended(process.pid):
+        if process is None or not has_ended(process.pid):
             return False
         self._signal_group(signal.SIGKILL)  # what a driver started must not outlive it
         code = process.wait()
@@ -238,7 +237,7 @@ class WorkerProcess:
             )
         # A process that SIGTERM ends has not begun yet, or it would have taken it.
         was_stopped = self._ended_reason == "stopped" or code == -signal.SIGTERM
-        reason = "stopped" if was_stopped else self._ended_reason or _reason_of(code)
+        reason = "stopped" if was_stopped else self._ended_reason or reason_of(code)
         self._log.info("job.ended", pid=self.pid, status=code, reason=reason)
         self.handle(lifecycle.Exited(code, reason, _jitter(), was_stopped))
         return True
@@ -277,7 +276,7 @@ class WorkerProcess:
         self.link = link
         self.pid = self._process.pid
         if not self.plan.is_part:
-            _volunteer(self.pid)
+            volunteer(self.pid)
         self.handle(lifecycle.Spawned())
         needs_reset = self.plan.policy.has_reset and self.child.attempts > 0
         self.send({"type": "spec", **self.plan.spec, "needs_reset": needs_reset})
@@ -377,28 +376,3 @@ def worker_environment() -> dict[str, str]:
     if places:
         environment["PYTHONPATH"] = os.pathsep.join(places)
     return environment
-
-
-def _volunteer(pid: int) -> None:
-    """Let the kernel end a job before what carries the data of all, where memory runs out."""
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
-
-
-def _has_ended(pid: int) -> bool:
-    """Tell whether a child has ended, without reaping it: until then its pid and group are its own."""
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
-
-
-def _reason_of(code: int) -> str:
-    if code == 0:
-        return ""
-    if code > 0:
-        return f"ended with status {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"

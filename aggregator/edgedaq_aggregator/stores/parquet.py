@@ -27,11 +27,11 @@ from typing import Annotated, Any
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import structlog
 from edgedaq.clock import utc_date
 from edgedaq.config import Bytes, DAQJobConfig, Seconds
 from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.frame import Frame
+from edgedaq.logsetup import get_logger
 from edgedaq.open_info import OpenInfo
 from edgedaq.storage import OsStorage, Storage
 from edgedaq.store_config import DAQJobStoreConfigParquet
@@ -88,7 +88,7 @@ class ParquetBackend:
         self._locks: dict[str, int] = {}
         self._under_way: tuple[list[Part], list[DataFile]] = [], []
         self._clock = 0
-        self._log = structlog.get_logger().bind(store=KEY)
+        self._log = get_logger().bind(store=KEY)
 
     def recover(self) -> Recovered:
         """See ``Backend``."""

@@ -36,10 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import structlog
 from edgedaq.clock import utc_date
 from edgedaq.errors import ConfigError, StoreError
 from edgedaq.frame import Frame
+from edgedaq.logsetup import get_logger
 from edgedaq.open_info import OpenInfo
 from edgedaq.storage import OsStorage, Storage
 from edgedaq.store_config import DAQJobStoreConfigSQLite
@@ -90,7 +90,7 @@ class SqliteBackend:
         self._ended: list[int] = []
         self._under_way: tuple[list[Database], list[int]] = [], []
         self._clock = 0
-        self._log = structlog.get_logger().bind(store=KEY)
+        self._log = get_logger().bind(store=KEY)
 
     def recover(self) -> Recovered:
         """See ``Backend``."""
