@@ -167,8 +167,7 @@ class Supervisor:
         """Take the files as they are now; return what changed. Of a broken file only the problem is told.
 
         Raises:
-            ConfigError: Nothing could be read.
-            ControlError: Everything is stopping.
+            ConfigError, ControlError: Nothing could be read, or everything is stopping.
         """
         if self._setup.reload is None or self._stop_ns:
             raise ControlError("is stopping, nothing is reloaded" if self._stop_ns else "cannot be reloaded")
