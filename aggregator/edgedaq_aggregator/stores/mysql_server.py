@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
-import structlog
 from edgedaq.delivery import TOMBSTONES_MAX
 from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.frame import Frame
+from edgedaq.logsetup import get_logger
 from edgedaq.open_info import OpenInfo
 from edgedaq.store_config import DAQJobStoreConfigMySQL
 
@@ -87,7 +87,7 @@ class MySQLServer:
 
     def __init__(self, config: DAQJobStoreMySQLConfig) -> None:
         self._config = config
-        self._log = structlog.get_logger().bind(store="mysql", server=config.place)
+        self._log = get_logger().bind(store="mysql", server=config.place)
         self._session: Session | None = None
         self._watch: Session | None = None
         self._asked_s = 0.0

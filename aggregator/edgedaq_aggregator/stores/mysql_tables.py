@@ -28,8 +28,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import structlog
 from edgedaq.errors import ConfigError, StoreError
+from edgedaq.logsetup import get_logger
 from edgedaq.store_config import DAQJobStoreConfigMySQL, check_table_name
 
 from edgedaq_aggregator.stores.cells import CellKind, cell_kind
@@ -152,7 +152,7 @@ class Tables:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._known: dict[tuple[str, tuple[str, ...], tuple[str, ...]], tuple[str, float]] = {}
-        self._log = structlog.get_logger().bind(store="mysql")
+        self._log = get_logger().bind(store="mysql")
 
     def make_own(self) -> None:
         """Make our own tables where they are absent."""

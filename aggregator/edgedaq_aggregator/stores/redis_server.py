@@ -32,11 +32,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
-import structlog
 from edgedaq.clock import iso_utc
 from edgedaq.delivery import TOMBSTONES_MAX, StreamState
 from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.frame import Frame
+from edgedaq.logsetup import get_logger
 from edgedaq.open_info import OpenInfo
 from edgedaq.store_config import DAQJobStoreConfigRedis
 
@@ -94,7 +94,7 @@ class RedisServer:
 
     def __init__(self, config: DAQJobStoreRedisConfig) -> None:
         self._config = config
-        self._log = structlog.get_logger().bind(store="redis", server=config.place)
+        self._log = get_logger().bind(store="redis", server=config.place)
         self._session: Session | None = None
         self._watch: Session | None = None
         self._counts = dict.fromkeys(("collision_count", "not_finite_count", "refused_reply_count"), 0)

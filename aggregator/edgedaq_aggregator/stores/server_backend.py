@@ -24,10 +24,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import structlog
 from edgedaq.delivery import StreamState, StreamTable
 from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.frame import Frame, decode
+from edgedaq.logsetup import get_logger
 from edgedaq.open_info import OpenInfo, decode_open
 from edgedaq.storage import OsStorage
 
@@ -154,7 +154,7 @@ class ServerBackend:
         self._work = Work(None, None)
         self._position: int | None = None
         self._copy: CommitLog | None = None
-        self._log = structlog.get_logger().bind(store=server.key)
+        self._log = get_logger().bind(store=server.key)
 
     def recover(self) -> Recovered:
         """See ``Backend``."""
