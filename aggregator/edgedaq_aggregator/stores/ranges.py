@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import structlog
+from edgedaq.logsetup import get_logger
 from edgedaq.storage import Buffer, Storage
 from xxhash import xxh3_64
 
@@ -134,7 +134,7 @@ class RangeLog:
         found = scan(image, _MAGIC, first=None)
         numbers = [number for number, _ in found.records]
         if found.damage:
-            structlog.get_logger().error("ranges.damaged", path=str(self._path), reason=found.damage)
+            get_logger().error("ranges.damaged", path=str(self._path), reason=found.damage)
             storage.rename(self._path, self._path.with_name(f"{RANGES_NAME}.bad"))
             payloads = [payload for _, payload in found.records]
             last = max([first_number, *(number + 1 for number in numbers)])
