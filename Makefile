@@ -48,6 +48,7 @@ check: $(STAMP) ## format, lint, types, layers, dependencies, dead code
 	$(BIN)/vulture
 
 bench: $(STAMP) ## throughput, latency, processor, memory, and how they grow; beside the bare disk in the same run
+	$(BIN)/python -m benchmarks.ring_hop --repeats '$(REPEATS)'
 	$(BIN)/python -m benchmarks.end_to_end --repeats '$(REPEATS)'
 	$(BIN)/python -m benchmarks.footprint --repeats '$(REPEATS)'
 	$(BIN)/python -m benchmarks.scaling --repeats '$(REPEATS)'

@@ -80,15 +80,15 @@ def rates_of(directory: Path, case: str, seconds: float) -> tuple[float, float]:
         ended = threading.Event()
         service = threading.Thread(target=serve, args=(outlet, ended))
         service.start()
-        put_row = outlet.table(SCHEMA, topics=["store.X"]).put_row
-        put_row(*ROW)
+        put = outlet.table(SCHEMA, topics=["store.X"]).put
+        put(ROW)
         time.sleep(0.5)  # connections and subscriptions
         if case == "a stuck listener":
             os.kill(listener, signal.SIGSTOP)
         count, begun_s, cpu_s = 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - begun_s < seconds:
             for _ in range(BURST_ROWS):
-                put_row(*ROW)
+                put(ROW)
             count += BURST_ROWS
         rates = count / (time.perf_counter() - begun_s), count / (time.process_time() - cpu_s)
         ended.set()

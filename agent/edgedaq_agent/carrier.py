@@ -150,7 +150,7 @@ class Carrier:
         is_scan_due = now_ns >= self._scan_ns
         if is_scan_due:
             self._scan_ns = now_ns + _SCAN_NS
-        for lane in self._lanes:
+        for lane in reversed(self._lanes):  # the first one removes rings: it looks when all others have
             if is_scan_due:
                 lane.inlet.scan()
             lane.take(now_ns)

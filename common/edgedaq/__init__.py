@@ -1,6 +1,6 @@
 """What both sides share; the jobs of users import from here."""
 
-from edgedaq.config import DAQJobConfig, RingOptions, StorableDAQJobConfig
+from edgedaq.config import DAQJobConfig, InputOptions, RingOptions, StorableDAQJobConfig
 from edgedaq.job import DAQJob, JobStopped
 from edgedaq.messages import (
     DAQJobMessage,
@@ -42,6 +42,7 @@ __all__ = [
     "DAQJobStoreConfigRaw",
     "DAQJobStoreConfigRedis",
     "DAQJobStoreConfigSQLite",
+    "InputOptions",
     "JobStopped",
     "RingOptions",
     "Schema",

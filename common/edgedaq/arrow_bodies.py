@@ -58,8 +58,8 @@ def read_schema(data: bytes) -> pa.Schema:
     return schema
 
 
-def read_batch(body: memoryview, schema: pa.Schema) -> pa.RecordBatch:
-    """Return the rows of an ARROW body, in memory of their own.
+def read_batch(body: memoryview, schema: pa.Schema, *, in_place: bool = False) -> pa.RecordBatch:
+    """Return the rows of an ARROW body, in memory of their own; or in place, for who keeps ``body`` as it is.
 
     Raises:
         WireError: It is not valid, or says more than its bytes can.
@@ -68,7 +68,7 @@ def read_batch(body: memoryview, schema: pa.Schema) -> pa.RecordBatch:
 
     try:
         # A copy is aligned as Arrow's kernels want it, and outlives the buffer that was read.
-        message = pa.ipc.read_message(pa.py_buffer(bytes(body)))
+        message = pa.ipc.read_message(pa.py_buffer(body if in_place else bytes(body)))
         _check_plain(memoryview(message.metadata))
         batch = pa.ipc.read_record_batch(message, schema)
         batch.validate(full=True)

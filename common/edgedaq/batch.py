@@ -159,12 +159,16 @@ def arrow_schema(info: OpenInfo) -> pa.Schema:
 class BatchDecoder:
     """Turns the frames of one stream into record batches.
 
+    Args:
+        in_place: Batches of ARROW frames refer to the frames' memory, which then stays as it is.
+
     Raises:
         WireError: ``info`` tells no columns that pyarrow can read.
     """
 
-    def __init__(self, info: OpenInfo) -> None:
+    def __init__(self, info: OpenInfo, *, in_place: bool = False) -> None:
         self._info = info
+        self._in_place = in_place
 
     def batches(self, frames: Sequence[Frame]) -> list[pa.RecordBatch]:
         """Return the rows of frames in order; neighbouring frames that agree become one batch.
@@ -240,7 +244,7 @@ class BatchDecoder:
         return read_schema(self._info.arrow_schema)
 
     def _arrow(self, frame: Frame) -> Any:
-        batch = read_batch(frame.body, self._arrow_schema)
+        batch = read_batch(frame.body, self._arrow_schema, in_place=self._in_place)
         _check_rows(frame, batch.num_rows)
         return batch
 

@@ -10,7 +10,8 @@ While a file says 0 the ring is kept, also when its producer and its consumer ar
 comes back or ``withdraw_claim`` says that it will not. Consumers named in the ring's header need no file.
 
 ``<consumer>.wants``: msgpack list of the consumer's topics. A producer that is born while it is there claims
-its ring for that consumer at once, before the first put.
+its ring for that consumer at once, before the first put. Where the consumer would rather miss something than
+hold a ring (see ``followers``) it is a map {topics, policy, limit_bytes}, and nothing is claimed.
 """
 
 from __future__ import annotations
@@ -18,27 +19,42 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
 
 from edgedaq.errors import ConfigError, WireError
+from edgedaq.logsetup import get_logger
 from edgedaq.names import check_name
 from edgedaq.ring import is_alive, is_own, map_ring
+from edgedaq.ring_control import InputPolicy
 
 __all__ = [
     "ClaimFile",
+    "Wants",
     "claim_path",
     "is_claimed",
     "read_wants",
     "sweep_rings",
     "unlink_ring",
     "withdraw_claim",
+    "withdraw_strangers",
     "write_wants",
 ]
 
 _CLAIM = struct.Struct("<QQ")
+
+
+class Wants(msgspec.Struct, frozen=True):
+    """What a consumer wants; ``limit_bytes`` is that of a follower."""
+
+    topics: list[str]
+    policy: InputPolicy = "wait"
+    limit_bytes: int = 0
+
+
+_WantsFile = msgspec.msgpack.Decoder(list[str] | Wants)
 
 
 class ClaimFile:
@@ -70,22 +86,21 @@ def claim_path(rings_dir: Path, life: str, consumer: str) -> Path:
     return rings_dir / f"{life}.{consumer}.claim"
 
 
-def write_wants(rings_dir: Path, consumer: str, topics: Sequence[str]) -> None:
-    """Let producers that are born from now on claim their rings for this consumer."""
+def write_wants(rings_dir: Path, consumer: str, wants: Wants) -> None:
+    """Let producers that are born from now on know this consumer from their birth."""
     path = _wants_path(rings_dir, consumer)
     temporary = path.with_suffix(".wants.new")
-    temporary.write_bytes(msgspec.msgpack.encode(list(topics)))
+    temporary.write_bytes(msgspec.msgpack.encode(wants.topics if wants.policy == "wait" else wants))
     temporary.rename(path)
 
 
-def read_wants(rings_dir: Path) -> dict[str, list[str]]:
-    """Return the topics of all consumers that said what they want; what is not valid is left out."""
+def read_wants(rings_dir: Path) -> dict[str, Wants]:
+    """Return what all consumers have said that they want; what is not valid is left out."""
     found = {}
     for path in rings_dir.glob("*.wants"):
         with contextlib.suppress(OSError, ConfigError, msgspec.DecodeError):
-            found[check_name("consumer", path.stem)] = msgspec.msgpack.decode(
-                path.read_bytes(), type=list[str]
-            )
+            wants = _WantsFile.decode(path.read_bytes())
+            found[check_name("consumer", path.stem)] = wants if isinstance(wants, Wants) else Wants(wants)
     return found
 
 
@@ -97,6 +112,15 @@ def withdraw_claim(rings_dir: Path, consumer: str) -> None:
     """End all claims of a consumer that has failed or was removed; producers notice within a second."""
     for path in (_wants_path(rings_dir, consumer), *rings_dir.glob(f"*.{consumer}.claim")):
         path.unlink(missing_ok=True)
+
+
+def withdraw_strangers(rings_dir: Path, known: Collection[str]) -> None:
+    """End the claims of consumers that are not there any more."""
+    for path in rings_dir.glob("*.wants"):
+        if path.stem not in known:
+            withdraw_claim(rings_dir, path.stem)
+            reason = "there is no such job any more"
+            get_logger().warning("claim.withdrawn", consumer=path.stem, reason=reason)
 
 
 def sweep_rings(rings_dir: Path) -> None:

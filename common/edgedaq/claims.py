@@ -6,7 +6,8 @@ else the end of all that was published (it has no claim on frames of topics that
 least floor of all is what the ring is released up to.
 
 A claim outlives its connection: a consumer that comes back under the same name gets everything from its floor
-on. It ends when its claim file (see ``inlet``) is removed; those named in the ring's header never end.
+on. It ends when its claim file (see ``inlet``) is removed; those named in the ring's header never end. Of a
+claim that was withdrawn the account is kept, so that a consumer that comes back knows what it has missed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from dataclasses import dataclass, field
 from edgedaq.errors import WireError
 from edgedaq.names import matches_any
 
-__all__ = ["Claim", "Claims"]
+__all__ = ["Account", "Claim", "Claims"]
 
 _RUN_BYTES_MAX = 1 << 20
+_WITHDRAWN_MAX = 32
+
+Account = dict[int, tuple[int, int]]
+"""Per stream, the seq and the row that come next."""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +62,7 @@ class Claims:
     def __init__(self, births: dict[str, list[str]], ring_bytes: int) -> None:
         self._size = ring_bytes
         self.claims = {name: Claim(name, topics, True, 0, 0) for name, topics in births.items()}  # noqa: FBT003
+        self.withdrawn: dict[str, Account] = {}
 
     def on_publish(self, stream: int, topics: Sequence[str], position: int, length: int) -> None:
         """Note a frame for all who want its stream."""
@@ -117,7 +123,7 @@ class Claims:
         """Take a consumer's word that it needs nothing before ``position``.
 
         Raises:
-            WireError: Nobody is connected there, or it names what it was not told of.
+            WireError: Nobody has a claim there, or it names what it was not told of.
         """
         claim = next((claim for claim in self.claims.values() if claim.route == route), None)
         if claim is None:
@@ -138,16 +144,34 @@ class Claims:
                 claim.pending = []
                 claim.told.clear()
 
-    def withdraw(self, has_file: Callable[[str], bool]) -> list[str]:
-        """End the claims whose file is gone, and those without one whose consumer is; return their names."""
+    def withdraw(
+        self, has_file: Callable[[str], bool], account_at: Callable[[int], Account], head: int
+    ) -> list[str]:
+        """End the claims whose file is gone, and those without one whose consumer is; return their names.
+
+        Args:
+            account_at: From a position that is not released yet to the account there.
+        """
         ended = [
             name
             for name, claim in self.claims.items()
             if not claim.is_lasting and (not has_file(name) if claim.has_file else claim.route is None)
         ]
         for name in ended:
-            del self.claims[name]
+            claim = self.claims.pop(name)
+            self.remember(name, account_at(claim.floor(head)))
         return ended
+
+    def remember(self, name: str, account: Account) -> None:
+        """Keep what a consumer has had that is not one any more; of many, the newest."""
+        self.withdrawn[name] = account
+        if len(self.withdrawn) > _WITHDRAWN_MAX:
+            del self.withdrawn[next(iter(self.withdrawn))]
+
+    def holder(self, head: int) -> Claim | None:
+        """Return who holds the ring's oldest frames."""
+        held = [claim for claim in self.claims.values() if claim.floor(head) < head]
+        return min(held, key=lambda claim: claim.released, default=None)
 
     def take_pending(self) -> list[tuple[Claim, bytes, list[list[int]]]]:
         """Return what each connected consumer is to be told now."""

@@ -18,7 +18,8 @@ import msgspec
 
 from edgedaq.errors import ConfigError
 from edgedaq.frame import MAX_FRAME_BYTES
-from edgedaq.names import check_name
+from edgedaq.names import check_name, check_topic
+from edgedaq.ring_control import InputPolicy
 from edgedaq.store_config import DAQJobStoreConfig
 from edgedaq.typed_toml import build
 from edgedaq.units import Bytes, Seconds, format_bytes
@@ -27,6 +28,7 @@ __all__ = [
     "EXIT_CONFIG",
     "Bytes",
     "DAQJobConfig",
+    "InputOptions",
     "RingOptions",
     "Seconds",
     "StorableDAQJobConfig",
@@ -44,6 +46,7 @@ J = TypeVar("J", bound="DAQJobConfig")
 
 _RING_MIN = 256 << 10
 _RING_MAX = 4 << 30
+_LIMIT_MIN = 64 << 10
 
 
 class RingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,6 +73,27 @@ class RingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError(message)
 
 
+class InputOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a job is handed of the other jobs on its host: ``[input]`` in its TOML.
+
+    Args:
+        topics: In place of those that its class asks for.
+        policy: What happens when it is too slow. ``wait``: it misses nothing, and who puts waits for it.
+            Otherwise nobody waits, and it misses what waited longest, or what comes while its limit is
+            reached; it is told exactly how much.
+        limit: How far it may be behind each producer before it misses something.
+    """
+
+    topics: tuple[str, ...] | None = None
+    policy: InputPolicy = "wait"
+    limit: Annotated[Bytes, msgspec.Meta(ge=_LIMIT_MIN, le=_RING_MAX)] = 8 << 20
+
+    def __post_init__(self) -> None:
+        for topic in self.topics or ():
+            if topic:
+                check_topic(topic)
+
+
 class DAQJobConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What every job's TOML may say.
 
@@ -93,6 +117,7 @@ class DAQJobConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         cpu_limit: Percent of one core that they may use for 10 s; beyond it is restarted.
         start_order: Jobs with a lower number have begun before those with a higher one are started.
         ring: Shared memory of the job.
+        input: What it takes from other jobs, and whether they wait for it.
     """
 
     daq_job_type: str
@@ -111,6 +136,7 @@ class DAQJobConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cpu_limit: Annotated[float, msgspec.Meta(gt=0)] | None = None
     start_order: int = 0
     ring: RingOptions = msgspec.field(default_factory=RingOptions)
+    input: InputOptions = msgspec.field(default_factory=InputOptions)
 
 
 class StorableDAQJobConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):

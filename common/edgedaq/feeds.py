@@ -16,8 +16,8 @@ import zmq
 
 from edgedaq.delivery import gap_of
 from edgedaq.errors import WireError
-from edgedaq.frame import Frame, Kind, split, unpack_map
-from edgedaq.inlet import Inlet, Run
+from edgedaq.frame import FLAG_CONTINUES, FLAG_PIECE, Frame, Kind, unpack_map
+from edgedaq.kept_views import LARGE_BYTES
 from edgedaq.live_feed import LiveFeed, Shown
 from edgedaq.messages import DAQJobMessageGap, MessageReader, Source
 from edgedaq.open_info import OpenInfo
@@ -26,14 +26,18 @@ if TYPE_CHECKING:
     from edgedaq.job import DAQJob
     from edgedaq.job_context import WorkerSpec
 
-__all__ = ["Feed", "LiveTopics", "Portion", "Rings", "hand_over", "journal_feed"]
+__all__ = ["Feed", "LiveTopics", "Portion", "hand_over", "journal_feed"]
 
 
 class Portion(NamedTuple):
-    """Some frames, each with what the OPEN of its stream tells; ``done`` when they were handled."""
+    """Some frames, each with what the OPEN of its stream tells; ``done`` when they were handled.
+
+    ``is_in_place``: the memory of large frames stays as it is while anyone refers to it.
+    """
 
     frames: Iterator[tuple[OpenInfo, Frame]]
     done: Callable[[], None]
+    is_in_place: bool = False
 
 
 class Feed(Protocol):
@@ -49,29 +53,6 @@ class Feed(Protocol):
 
     def close(self) -> None:
         """End it; what was not ``done`` comes again to the next feed of the same name."""
-
-
-class Rings:
-    """The rings of this host: without loss, and again what an earlier life was not through with."""
-
-    def __init__(
-        self, rings_dir: Path, consumer: str, topics: Sequence[str], context: zmq.Context[Any]
-    ) -> None:
-        self.reader = MessageReader()
-        self._inlet = Inlet(rings_dir, consumer, topics, context=context)
-
-    def pollables(self) -> list[Any]:
-        """Return the sockets of the rings."""
-        return self._inlet.pollables()
-
-    def receive(self) -> list[Portion]:
-        """Return the runs that have arrived."""
-        self._inlet.scan()
-        return [_of_run(run) for run in self._inlet.receive()]
-
-    def close(self) -> None:
-        """Let the rings go; the claims stay."""
-        self._inlet.close()
 
 
 class LiveTopics:
@@ -105,14 +86,20 @@ class LiveTopics:
 def hand_over(portion: Portion, reader: MessageReader, job: DAQJob) -> None:
     """Let a job handle a portion, message by message, then be done with it."""
     for info, frame in portion.frames:
+        in_place = portion.is_in_place and len(frame.raw) >= LARGE_BYTES
         try:
             gap = _gap(info, frame)
-            messages = list(reader.read(info, frame))
+            messages = list(reader.read(info, frame, in_place=in_place))
         except WireError as e:  # it would be so again: it must not hold up what follows
             messages, gap = [], (frame.seq, frame.rows, f"refused: {e}")
+        is_last_piece = frame.flags & FLAG_PIECE and not frame.flags & FLAG_CONTINUES
+        is_incomplete = gap is None and is_last_piece and not messages
+        if is_incomplete:
+            gap = (frame.seq, frame.rows, "a piece of it is missing")
         if gap is not None:
             reader.forget(frame.stream)
             last, rows, reason = gap
+            job.context.missed(rows)
             source = Source(info.node, info.job, frame.stream, frame.seq, frame.t_first_ns)
             job.handle_gap(
                 DAQJobMessageGap(
@@ -121,7 +108,8 @@ def hand_over(portion: Portion, reader: MessageReader, job: DAQJob) -> None:
             )
         for message in messages:
             job.handle_message(message)
-        job.context.took(frame.rows, len(frame.body))
+            job.write_down_missed()
+        job.context.took(0 if is_incomplete else frame.rows, len(frame.body))
     portion.done()
 
 
@@ -146,15 +134,3 @@ def _gap(info: OpenInfo, frame: Frame) -> tuple[int, int | None, str] | None:
 
 def _forget() -> None:
     """What is live nobody keeps."""
-
-
-def _of_run(run: Run) -> Portion:
-    def frames() -> Iterator[tuple[OpenInfo, Frame]]:
-        for frame in split(run.frames):
-            info = run.ring.open_info(frame.stream)
-            if info is None:
-                text = f"a frame of stream {frame.stream:016x}, which was never opened"
-                raise WireError(text)
-            yield info, frame
-
-    return Portion(frames(), lambda: run.ring.release(run.end))

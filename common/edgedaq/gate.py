@@ -61,6 +61,12 @@ class Gate:
         now = mono_ns()
         return (self._blocked_ns + sum(now - since for since in list(self._blocked_since.values()))) / 1e9
 
+    @property
+    def blocked_for_s(self) -> float:
+        """Seconds for which a put waits for room by now; 0 if none does."""
+        since = min(list(self._blocked_since.values()), default=0)
+        return (mono_ns() - since) / 1e9 if since else 0.0
+
     def announce(self) -> None:
         """Tell the service thread that an open frame has its first row, if it waits for that."""
         if self.is_hot:

@@ -16,7 +16,8 @@ runs whose ``end`` goes on counting.
 A ring that its own process produces is never seen. All of an inlet is used by one thread.
 
 An inlet with ``retire`` removes rings of the dead that nobody needs any more; one without holds the rings
-that it is not through with, and those of jobs that are born later, by ``claim_files``.
+that it is not through with, and those of jobs that are born later, by ``claim_files``. One with another
+policy than ``wait`` holds nothing and is sent copies (``followers``); what it misses, ``missing`` finds.
 """
 
 from __future__ import annotations
@@ -29,11 +30,20 @@ from typing import Any, Self
 
 import zmq
 
-from edgedaq.claim_files import ClaimFile, is_claimed, sweep_rings, unlink_ring, withdraw_claim, write_wants
+from edgedaq.claim_files import (
+    ClaimFile,
+    Wants,
+    is_claimed,
+    sweep_rings,
+    unlink_ring,
+    withdraw_claim,
+    write_wants,
+)
 from edgedaq.errors import WireError
 from edgedaq.logsetup import get_logger
 from edgedaq.names import check_name
 from edgedaq.ring import is_own
+from edgedaq.ring_control import InputPolicy
 from edgedaq.ring_view import RingView, Run
 
 __all__ = ["Inlet", "RingView", "Run", "sweep_rings", "withdraw_claim"]
@@ -48,6 +58,8 @@ class Inlet:
     Args:
         consumer: Name of the claim; one inlet of a name at a time.
         topics: Subscriptions; ``""`` is everything.
+        policy: What happens when it is too slow: producers ``wait``, or it misses something.
+        limit_bytes: How far it may be behind, per ring, where it may miss something.
         retire: Remove rings of the dead that all consumers are through with: for one consumer per
             directory, the one that carries data away.
         context: For the sockets; one of its own by default.
@@ -59,21 +71,26 @@ class Inlet:
         consumer: str,
         topics: Sequence[str],
         *,
+        policy: InputPolicy = "wait",
+        limit_bytes: int = 0,
         retire: bool = False,
         context: zmq.Context[Any] | None = None,
     ) -> None:
         self._dir = rings_dir
         self._consumer = check_name("consumer", consumer)
-        self._topics = tuple(topics)
+        self._wants = Wants(list(topics), policy, limit_bytes)
         self._retire = retire
+        self._has_claims = policy == "wait" and not retire
         self._owns_context = context is None
         self._context: zmq.Context[Any] = zmq.Context() if context is None else context
         self._rings: dict[str, RingView] = {}
         self._claims: dict[str, ClaimFile] = {}
         self._done: set[str] = set()
         self._log = get_logger(consumer=consumer)
+        if not self._has_claims and not retire:
+            withdraw_claim(rings_dir, consumer)
         if not retire:
-            write_wants(rings_dir, consumer, self._topics)
+            write_wants(rings_dir, consumer, self._wants)
 
     def __enter__(self) -> Self:
         return self
@@ -138,14 +155,14 @@ class Inlet:
     def _open(self, life: str, path: Path) -> None:
         resume_at = 0
         try:
-            if not self._retire:
+            if self._has_claims:
                 claim = self._claims[life] = ClaimFile(self._dir, life, self._consumer)
                 resume_at = claim.released
                 if claim.is_through:
                     self._claims.pop(life).close()
                     self._done.add(life)
                     return
-            ring = RingView(path, self._consumer, self._topics, self._context)
+            ring = RingView(path, self._consumer, self._wants, self._context)
         except FileNotFoundError:
             if life in self._claims:
                 self._claims.pop(life).close(unlink=True)

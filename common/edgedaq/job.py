@@ -29,15 +29,16 @@ among each other; data that both kinds put under the same name are two streams. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from edgedaq.config import DAQJobConfig
+from edgedaq.clock import mono_ns
+from edgedaq.config import DAQJobConfig, InputOptions
 from edgedaq.errors import DeviceError, JobError
 from edgedaq.job_context import JobContext, JobStopped
 from edgedaq.job_puts import JobPuts
+from edgedaq.log_limit import LogLimit
 from edgedaq.logsetup import get_logger
 from edgedaq.messages import (
     DAQJobMessage,
@@ -51,14 +52,8 @@ from edgedaq.schema import Schema
 from edgedaq.store_config import DAQJobStoreConfig
 from edgedaq.table_rows import columns_to_rows
 
-if TYPE_CHECKING:
-    import zmq
-
-    from edgedaq.feeds import Feed
-
 __all__ = ["DAQJob", "JobStopped"]
 
-_SCAN_MS = 100
 _RESET_LIMIT_S = 30.0
 
 
@@ -67,11 +62,14 @@ class DAQJob:
 
     Attributes:
         config_type: Type of its TOML, derived from ``DAQJobConfig``.
-        topics_to_subscribe: What the default ``start`` hands to ``handle_message``, without loss, of the
-            other jobs on this host, and in the control room of all nodes, from the journal; ``"store"``
-            covers ``store.DAQJobStoreCSV``.
+        topics_to_subscribe: What the default ``start`` hands to ``handle_message`` of the other jobs on this
+            host, and in the control room of all nodes, from the journal; ``"store"`` covers
+            ``store.DAQJobStoreCSV``. Without loss, unless ``[input]`` in its TOML lets it rather miss
+            something than hold jobs up; ``handle_gap`` is told what does not come.
         live_topics: What it is handed as far as it keeps up, of the other jobs on this host: for plots and
             monitors. ``"job.hv"`` covers all that job ``hv`` puts.
+        takes_views: ``handle_message`` is handed large raw data as read-only views of shared memory, not as
+            bytes. What it keeps of them makes the producer wait once its ring is full.
         stops_itself: It watches ``stop_fd`` or ``is_stopping`` and ends by itself; nothing is raised.
         stop_fd: Readable once the job is to end.
     """
@@ -79,6 +77,7 @@ class DAQJob:
     config_type: ClassVar[type[DAQJobConfig]] = DAQJobConfig
     topics_to_subscribe: Sequence[str] = ()
     live_topics: Sequence[str] = ()
+    takes_views: ClassVar[bool] = False
     stops_itself: ClassVar[bool] = False
 
     config: Any
@@ -90,6 +89,8 @@ class DAQJob:
         self.logger = get_logger()
         self.stop_fd = context.stop_fd
         self._stop_requested = context.stop_requested
+        self._owed = ""
+        self._gap_limit = LogLimit()
         self._puts = JobPuts(context, getattr(config, "store_config", None))
 
     # What a job overrides.
@@ -103,13 +104,17 @@ class DAQJob:
         Raises:
             JobError: The class has neither a ``start`` nor any of these.
         """
-        if not self.topics_to_subscribe and not self.live_topics:
+        options: InputOptions = getattr(self.config, "input", None) or InputOptions()
+        topics = self.topics_to_subscribe if options.topics is None else options.topics
+        if not topics and not self.live_topics:
             message = (
                 f"job {self.daq_job_unique_id}: {type(self).__name__} needs start(), topics_to_subscribe or "
                 "live_topics"
             )
             raise JobError(message)
-        self._consume()
+        from edgedaq.job_input import consume  # noqa: PLC0415  # who takes nothing needs no sockets
+
+        consume(self, tuple(topics), options)
 
     def handle_message(self, message: DAQJobMessage) -> None:
         """Take one message; when it returns, the producer may forget it.
@@ -123,14 +128,28 @@ class DAQJob:
         raise JobError(text)
 
     def handle_gap(self, gap: DAQJobMessageGap) -> None:
-        """Take note of messages of ``topics_to_subscribe`` that do not come; by default, log it."""
+        """Take note of messages that do not come: missed by this job, or lost before they came to it.
+
+        It is called before the message that follows. The default logs it and, where the job puts data of its
+        own, writes it down in the stream that was put to last, as a loss of nobody knows how much. An
+        operator that knows what ``gap.rows`` mean for its output overrides this and calls ``report_loss``.
+        """
         source = gap.source
-        self.logger.warning(
-            "input.missed",
-            source="" if source is None else f"{source.node}/{source.job}",
-            rows=gap.rows,
-            reason=gap.reason,
-        )
+        where = f"{source.node}/{source.job}" if source is not None else ""
+        count = self._gap_limit.note(mono_ns())
+        if count:
+            self.logger.warning(
+                "input.missed", source=where, rows=gap.rows, reason=gap.reason, gaps_count=count
+            )
+        rows = "unknown" if gap.rows is None else gap.rows
+        self._owed = f"input of {where}: {rows} rows: {gap.reason}"
+        self.write_down_missed()
+
+    def write_down_missed(self) -> None:
+        """Write down what ``handle_gap`` was told of, once something was put; called after each message."""
+        if self._owed and self._puts.has_put:
+            self._puts.report_loss(None, self._owed)
+            self._owed = ""
 
     def reset_device(self) -> None:
         """Reset a device that is stuck, e.g. by switching its power; by default run ``reset_command``.
@@ -229,6 +248,27 @@ class DAQJob:
         The memory may be used again when it returns.
         """
         self._puts.put_raw(data, store_config=store_config, tag=tag, topics=topics, timeout_s=timeout_s)
+
+    def open_table(
+        self,
+        schema: Schema,
+        *,
+        store_config: DAQJobStoreConfig | None = None,
+        tag: str = "",
+        topics: Sequence[str] = (),
+    ) -> Callable[[Sequence[Any]], None]:
+        """Return what puts one row, ``put(row)``: for millions of rows per second that come one by one.
+
+        It is the same stream as that of ``put_rows`` with these arguments, and waits and raises like it. Only
+        for the main thread, and never for a handler of a signal.
+        """
+        return self._puts.open_table(schema, store_config=store_config, tag=tag, topics=topics)
+
+    def open_raw(
+        self, *, store_config: DAQJobStoreConfig | None = None, tag: str = "", topics: Sequence[str] = ()
+    ) -> Callable[[Any], None]:
+        """Return what puts one message, ``put(data)``; like ``open_table``."""
+        return self._puts.open_raw(store_config=store_config, tag=tag, topics=topics)
 
     def put_event(
         self,
@@ -343,48 +383,6 @@ class DAQJob:
     def is_stopping(self) -> bool:
         """The job is to end."""
         return self._stop_requested.is_set()
-
-    # The default start.
-
-    def _consume(self) -> None:
-        import zmq  # noqa: PLC0415  # jobs without subscriptions need no sockets
-
-        from edgedaq.feeds import hand_over  # noqa: PLC0415
-
-        with zmq.Context() as context, ExitStack() as stack:
-            feeds = self._feeds(context)
-            for feed in feeds:
-                stack.callback(feed.close)
-            has_more = False
-            while not self.is_stopping:
-                poller = zmq.Poller()
-                poller.register(self.stop_fd, zmq.POLLIN)
-                for feed in feeds:
-                    for socket in feed.pollables():
-                        poller.register(socket, zmq.POLLIN)
-                poller.poll(0 if has_more else _SCAN_MS)
-                self.beat()
-                has_more = False
-                for feed in feeds:
-                    for portion in feed.receive():
-                        if self.is_stopping:
-                            break
-                        has_more = True
-                        hand_over(portion, feed.reader, self)
-        self.context.interrupt()
-
-    def _feeds(self, context: zmq.Context[Any]) -> list[Feed]:
-        from edgedaq.feeds import LiveTopics, Rings, journal_feed  # noqa: PLC0415
-
-        spec, lossless = self.context.spec, list(self.topics_to_subscribe)
-        feeds: list[Feed] = []
-        if lossless:
-            feeds.append(Rings(self.rings_dir, self.daq_job_unique_id, lossless, context))
-        if lossless and spec.journal_feed:
-            feeds.append(journal_feed(spec, lossless, context))
-        if self.live_topics:
-            feeds.append(LiveTopics(self.runtime_dir, self.live_topics, self.life, context))
-        return feeds
 
 
 def _columns_of(table: Any) -> tuple[Mapping[str, Any], tuple[str, ...]]:

@@ -89,6 +89,7 @@ class JobContext:
         self.boundary: object = None
         self.beats = 0
         self.in_count = self.in_bytes = self.last_in_ns = 0
+        self.missed_gaps = self.missed_rows = 0
         self.outlet_or_none: Outlet | None = None
         self._main = threading.get_ident()
         self._raised_ns = 0
@@ -193,6 +194,11 @@ class JobContext:
         self.last_in_ns = utc_ns()
         self.beats += 1
 
+    def missed(self, rows: int | None) -> None:
+        """Count a gap in what the job consumes."""
+        self.missed_gaps += 1
+        self.missed_rows += rows or 0
+
     def snapshot(self, extra: dict[str, Any] | None = None) -> Snapshot:
         """Return the account of this life so far."""
         now, cpu = mono_ns(), time.process_time_ns()
@@ -209,8 +215,10 @@ class JobContext:
             last_in_ns=self.last_in_ns,
             cpu_percent=round(100 * (cpu - cpu_then) / max(now - then, 1), 1),
             rss_bytes=_rss_bytes(),
-            extra=extra or {},
+            extra=dict(extra or {}),
         )
+        if self.missed_gaps:
+            snapshot.extra |= {"missed_gaps": self.missed_gaps, "missed_rows": self.missed_rows}
         outlet = self.outlet_or_none
         if outlet is not None:
             snapshot.out_count = outlet.out_count
@@ -220,6 +228,8 @@ class JobContext:
             snapshot.dropped_count = outlet.dropped_count
             snapshot.put_blocked_s = outlet.put_blocked_s
             snapshot.is_blocked = outlet.is_blocked
+            snapshot.blocked_by = outlet.blocked_by
+            snapshot.extra["consumers"] = outlet.consumers()
             snapshot.streams = outlet.stream_rows()
         return snapshot
 

@@ -6,9 +6,9 @@ first, and by value only when they are new.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from edgedaq.errors import JobError
@@ -19,7 +19,9 @@ from edgedaq.store_config import DAQJobStoreConfig
 from edgedaq.table_rows import check_row
 
 if TYPE_CHECKING:
+    from edgedaq.raw_writer import RawWriter
     from edgedaq.stream_writer import StreamWriter
+    from edgedaq.table_writer import TableWriter
 
 __all__ = ["JobPuts"]
 
@@ -36,8 +38,8 @@ class JobPuts:
     def __init__(self, context: JobContext, store_config: Any) -> None:
         self._context = context
         self._default = store_config if isinstance(store_config, DAQJobStoreConfig) else None
-        self._main = threading.get_ident()
-        self._main_lane = threading.Lock()
+        self._main = get_ident()
+        self._is_putting = False
         # Each entry keeps the objects alive by whose identity it is found.
         self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._inferred: dict[tuple[Any, ...], Schema] = {}
@@ -56,29 +58,46 @@ class JobPuts:
         timeout_s: float | None = None,
     ) -> None:
         """See ``DAQJob.put_rows``."""
-        names = () if keys is None else tuple(keys)
-        is_main = threading.get_ident() == self._main
-        key = ("table", is_main, id(schema), names, id(store_config), tag, tuple(topics))
+        names = keys if type(keys) is tuple else () if keys is None else tuple(keys)
+        is_main = get_ident() == self._main
+        key = (is_main, id(schema), names, id(store_config), tag, tuple(topics))
         known = self._known.get(key)
-        if known is None:
-            if not len(rows):
-                return
-            for row in rows:
-                check_row(self._context.spec.unique_id, row)
-            where = self._where(store_config, tag, topics)
-            schema_now = schema or self._infer(names, rows, (is_main, tag, tuple(topics), store_config))
-            if names and names != schema_now.names:
-                message = (
-                    f"job {self._context.spec.unique_id}: keys must be the names of the schema "
-                    f"({', '.join(schema_now.names)}), got {', '.join(names)}"
-                )
-                raise JobError(message)
+        writer = known[0] if known is not None else self._new_table(key, rows, schema, store_config)
+        if writer is None:
+            return
+        self._last[is_main] = writer
+        if not is_main or self._is_putting:
             with self._lane(is_main):
-                writer = self._context.outlet().table(schema_now, **where)
-            known = self._learn(key, (writer, schema, store_config))
-        writer = self._last[is_main] = known[0]
-        with self._lane(is_main):
+                writer.put_rows(rows, timeout_s)
+            return
+        self._is_putting = True
+        try:
             writer.put_rows(rows, timeout_s)
+        finally:
+            self._is_putting = False
+
+    def open_table(
+        self,
+        schema: Schema,
+        *,
+        store_config: DAQJobStoreConfig | None = None,
+        tag: str = "",
+        topics: Sequence[str] = (),
+    ) -> Callable[[Sequence[Any]], None]:
+        """See ``DAQJob.open_table``."""
+        self._check_main()
+        writer = self._context.outlet().table(schema, **self._where(store_config, tag, topics))
+        self._last[True] = writer
+        return writer.put
+
+    def open_raw(
+        self, *, store_config: DAQJobStoreConfig | None = None, tag: str = "", topics: Sequence[str] = ()
+    ) -> Callable[[Any], None]:
+        """See ``DAQJob.open_raw``."""
+        self._check_main()
+        writer = self._context.outlet().raw(**self._where(store_config, tag, topics))
+        self._last[True] = writer
+        return writer.put
 
     def put_arrow(
         self,
@@ -91,7 +110,7 @@ class JobPuts:
     ) -> None:
         """Put a pyarrow Table or RecordBatch; see ``DAQJob.put_table``."""
         batches, schema = _plain_batches(table)
-        is_main = threading.get_ident() == self._main
+        is_main = get_ident() == self._main
         with self._lane(is_main):
             writer = self._context.outlet().arrow(schema, **self._where(store_config, tag, topics))
             self._last[is_main] = writer
@@ -108,19 +127,23 @@ class JobPuts:
         timeout_s: float | None = None,
     ) -> None:
         """See ``DAQJob.put_raw``."""
-        is_main = threading.get_ident() == self._main
-        key = ("raw", is_main, id(store_config), tag, tuple(topics))
+        is_main = get_ident() == self._main
+        key = (is_main, id(store_config), tag, tuple(topics))
         known = self._known.get(key)
-        if known is None:
+        writer = known[0] if known is not None else self._new_raw(key, store_config)
+        self._last[is_main] = writer
+        if not is_main or self._is_putting:
             with self._lane(is_main):
-                writer = self._context.outlet().raw(**self._where(store_config, tag, topics))
-            known = self._learn(key, (writer, store_config))
-        writer = self._last[is_main] = known[0]
-        with self._lane(is_main):
+                writer.put_within(data, timeout_s)
+            return
+        self._is_putting = True
+        try:
             if timeout_s is None:
                 writer.put(data)
             else:
                 writer.put_within(data, timeout_s)
+        finally:
+            self._is_putting = False
 
     def put_event(
         self,
@@ -133,21 +156,26 @@ class JobPuts:
         timeout_s: float | None = None,
     ) -> None:
         """See ``DAQJob.put_event``."""
-        is_main = threading.get_ident() == self._main
+        is_main = get_ident() == self._main
         with self._lane(is_main):
             writer = self._context.outlet().event(**self._where(store_config, tag, topics))
             self._last[is_main] = writer
             writer.put(metadata, data, timeout_s)
 
+    @property
+    def has_put(self) -> bool:
+        """The main thread has put something."""
+        return self._last[True] is not None
+
     def report_loss(self, count: int | None, reason: str, *, tag: str | None = None) -> None:
         """See ``DAQJob.report_loss``."""
-        is_main = threading.get_ident() == self._main
+        is_main = get_ident() == self._main
         writer = self._last[is_main]
         if tag is not None or writer is None:
             found = [
                 entry[0]
                 for key, entry in list(self._known.items())
-                if key[1] == is_main and tag in (None, entry[0].info.tag)
+                if key[0] == is_main and tag in (None, entry[0].info.tag)
             ]
             writer = found[-1] if found else None
         if writer is None:
@@ -160,23 +188,63 @@ class JobPuts:
         with self._lane(is_main):
             self._context.outlet().report_loss(writer, count, reason)
 
-    def _lane(self, is_main: bool) -> AbstractContextManager[Any]:  # noqa: FBT001
-        """Return what a put must be in; the main thread's is never waited for: only itself can hold it."""
+    def _check_main(self) -> None:
+        if get_ident() != self._main:
+            message = f"job {self._context.spec.unique_id}: only its main thread can open a stream for itself"
+            raise JobError(message)
+
+    @contextmanager
+    def _lane(self, is_main: bool) -> Iterator[None]:  # noqa: FBT001
+        """Be where a put must be; the main thread's place is never waited for: only itself can be there."""
         if not is_main:
-            return self._context.outlet().side()
-        if self._main_lane.locked():
+            with self._context.outlet().side():
+                yield
+            return
+        if self._is_putting:
             message = (
                 f"job {self._context.spec.unique_id}: a put within a put, e.g. by a handler of a signal: "
                 "let it leave a note, and put from the main loop"
             )
             raise JobError(message)
-        return self._main_lane
+        self._is_putting = True
+        try:
+            yield
+        finally:
+            self._is_putting = False
 
-    def _learn(self, key: tuple[Any, ...], entry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _new_table(
+        self, key: tuple[Any, ...], rows: Sequence[Sequence[Any]], schema: Schema | None, store_config: Any
+    ) -> TableWriter | None:
+        """Return the writer of a stream that was not put to yet; None when there is nothing to put."""
+        if not len(rows):
+            return None
+        is_main, _, names, _, tag, topics = key
+        for row in rows:
+            check_row(self._context.spec.unique_id, row)
+        where = self._where(store_config, tag, topics)
+        schema_now = schema or self._infer(names, rows, (is_main, tag, topics, store_config))
+        if names and names != schema_now.names:
+            message = (
+                f"job {self._context.spec.unique_id}: keys must be the names of the schema "
+                f"({', '.join(schema_now.names)}), got {', '.join(names)}"
+            )
+            raise JobError(message)
+        with self._lane(is_main):
+            writer = self._context.outlet().table(schema_now, **where)
+        self._learn(key, (writer, schema, store_config))
+        return writer
+
+    def _new_raw(self, key: tuple[Any, ...], store_config: Any) -> RawWriter:
+        is_main, _, tag, topics = key
+        with self._lane(is_main):
+            writer = self._context.outlet().raw(**self._where(store_config, tag, topics))
+        self._learn(key, (writer, store_config))
+        return writer
+
+    def _learn(self, key: tuple[Any, ...], entry: tuple[Any, ...]) -> None:
         if len(self._known) >= _KNOWN_MAX:
             self._known.clear()
         self._known[key] = entry
-        return entry
 
     def _infer(self, names: tuple[str, ...], rows: Sequence[Sequence[Any]], key: tuple[Any, ...]) -> Schema:
         """Return the schema that the first rows under these names had."""

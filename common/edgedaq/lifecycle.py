@@ -102,10 +102,14 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The process told how it does: whether the job advanced since the last time, and is blocked in a put."""
+    """The process told how it does: whether the job advanced since the last time, and is blocked in a put.
+
+    ``blocked_by``: the consumer that it waits for, if known.
+    """
 
     has_advanced: bool
     is_blocked: bool
+    blocked_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +268,7 @@ def _report(child: Child, event: Report, now_ns: int, policy: Policy) -> Child:
     if event.has_advanced or event.is_blocked or child.state is State.BLOCKED:
         child = replace(child, advanced_ns=now_ns, has_worked=True, is_reset=False)
     if event.is_blocked:
-        return _enter(child, State.BLOCKED, now_ns, reason="its ring is full")
+        return _enter(child, State.BLOCKED, now_ns, reason=_blocked(event.blocked_by))
     if child.is_reset:
         return child
     return _enter(child, State.RUNNING, now_ns, due_ns=_hang_due(child, policy))
@@ -284,6 +288,10 @@ def _usage(child: Child, event: Usage, now_ns: int, policy: Policy) -> Result:
         return child, ()
     reason = f"used {event.cpu_percent:.0f} % of a core, more than {limit_percent:g} % (cpu_limit)"
     return _stop_process(child, reason, policy.stop_limit_s, now_ns)
+
+
+def _blocked(consumer: str) -> str:
+    return f"its ring is full, held by {consumer}" if consumer else "its ring is full"
 
 
 def _stop(child: Child, event: Stop, now_ns: int, policy: Policy) -> Result:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from edgedaq.batch import event_of, raw_messages, to_arrow
+from edgedaq.batch import BatchDecoder, event_of, raw_messages
 from edgedaq.errors import ConfigError
 from edgedaq.frame import FLAG_CONTINUES, FLAG_FIRST, FLAG_PIECE, Frame, Kind
 from edgedaq.schema import OpenInfo, Schema, decode_columns, unpack_rows
@@ -96,18 +96,25 @@ class MessageReader:
     """Turns frames of any number of streams back into messages, in order.
 
     A RAW message in pieces is given when its last piece has come; one that is not completed is left out.
+
+    Args:
+        views: Give the data of large frames as views of them.
     """
 
-    def __init__(self, *, is_live: bool = False) -> None:
+    def __init__(self, *, is_live: bool = False, views: bool = False) -> None:
         self._is_live = is_live
         self._pieces: dict[int, list[bytes]] = {}
+        self._views = views
 
     def forget(self, stream: int) -> None:
         """Leave out the message of a stream that is not complete: something of it does not come."""
         self._pieces.pop(stream, None)
 
-    def read(self, info: OpenInfo, frame: Frame) -> Iterator[DAQJobMessage]:
-        """Yield the messages of one frame; they do not refer to its memory.
+    def read(self, info: OpenInfo, frame: Frame, *, in_place: bool = False) -> Iterator[DAQJobMessage]:
+        """Yield the messages of one frame; they do not refer to its memory, unless it is ``in_place``.
+
+        Args:
+            in_place: The memory stays as it is while anyone refers to it.
 
         Raises:
             WireError: The body is not valid.
@@ -123,7 +130,7 @@ class MessageReader:
             "is_live": self._is_live,
         }
         if frame.kind is Kind.RAW:
-            for data in self._raw(frame, pieces):
+            for data in self._raw(frame, pieces, as_views=in_place and self._views):
                 yield DAQJobMessageStoreRaw(data=data, **common)
         elif frame.kind is Kind.PACKED and info.schema is not None:
             rows = unpack_rows(info.schema, frame.body)
@@ -134,12 +141,16 @@ class MessageReader:
             rows = list(zip(*columns, strict=True))
             yield DAQJobMessageStoreTabular(keys=schema.names, data=rows, schema=schema, **common)
         elif frame.kind is Kind.ARROW:
-            yield DAQJobMessageStorePyArrow(table=to_arrow(info, _owned(frame)), **common)
+            batch = BatchDecoder(info, in_place=in_place).batches([frame])[0]
+            yield DAQJobMessageStorePyArrow(table=batch, **common)
         elif frame.kind is Kind.EVENT:
             metadata, payload = event_of(frame)
-            yield DAQJobMessageEvent(metadata=metadata, data=bytes(payload), **common)
+            data = payload if in_place and self._views else bytes(payload)
+            yield DAQJobMessageEvent(metadata=metadata, data=data, **common)
 
-    def _raw(self, frame: Frame, pieces: list[bytes] | None) -> Iterator[bytes]:
+    def _raw(
+        self, frame: Frame, pieces: list[bytes] | None, *, as_views: bool
+    ) -> Iterator[bytes | memoryview]:
         if frame.flags & FLAG_PIECE:
             if frame.flags & FLAG_FIRST:
                 pieces = []
@@ -152,12 +163,7 @@ class MessageReader:
                 yield b"".join(held)
             return
         for view in raw_messages(frame):
-            yield bytes(view)
-
-
-def _owned(frame: Frame) -> Frame:
-    """Return the frame with memory of its own."""
-    return frame._replace(body=memoryview(bytes(frame.body)), raw=memoryview(bytes(frame.raw)))
+            yield view if as_views else bytes(view)
 
 
 def _store_config(info: OpenInfo) -> DAQJobStoreConfig | None:

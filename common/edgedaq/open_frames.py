@@ -7,7 +7,7 @@ the slot's memory and the stream's schema alone.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgpack
 
@@ -20,17 +20,27 @@ from edgedaq.ring_layout import (
 )
 from edgedaq.schema import Schema, split_columns, to_columns
 
-__all__ = ["FRAME_TARGET_BYTES", "Body", "body_limit", "slot_bodies"]
+__all__ = ["FRAME_TARGET_BYTES", "Body", "InPlacePart", "body_limit", "slot_bodies"]
 
 FRAME_TARGET_BYTES = 1 << 20
 """What does not fit into a slot is split into frames of about this size."""
+
+
+class InPlacePart(Protocol):
+    """A part of a body that writes itself."""
+
+    def __len__(self) -> int:
+        """Return how many bytes it is going to write."""
+
+    def write_into(self, data: memoryview, at: int) -> None:
+        """Write them at an offset of the ring's data area."""
 
 
 class Body(NamedTuple):
     """What becomes one frame: kind, the pieces of its body in order, rows, flags."""
 
     kind: Kind
-    parts: tuple[bytes | memoryview, ...]
+    parts: tuple[bytes | memoryview | InPlacePart, ...]
     rows: int
     flags: int = 0
 

@@ -27,6 +27,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import zmq
 
+from edgedaq.arrow_writer import ArrowWriter
 from edgedaq.claim_files import is_claimed, sweep_rings
 from edgedaq.clock import mono_ns, utc_ns
 from edgedaq.errors import JobError
@@ -39,7 +40,7 @@ from edgedaq.ring import Identity, ProducedRing
 from edgedaq.ring_server import RingServer
 from edgedaq.schema import OpenInfo, Schema
 from edgedaq.stream_writer import Lane, StreamWriter
-from edgedaq.table_writer import ArrowWriter, TableWriter
+from edgedaq.table_writer import TableWriter
 
 __all__ = ["ArrowWriter", "EventWriter", "Outlet", "PutTimeout", "RawWriter", "TableWriter"]
 
@@ -238,6 +239,15 @@ class Outlet:
         with self.gate.condition:
             infos = [account.info for account in self._sealer.accounts]
         return sorted({topic for info in infos for topic in live_topics_of(info)})
+
+    @property
+    def blocked_by(self) -> str:
+        """Name of the consumer that a put waits for now; empty if none waits."""
+        return self._server.held_by if self.gate.is_blocked else ""
+
+    def consumers(self) -> list[dict[str, Any]]:
+        """Return what is known of each consumer, as plain data."""
+        return self._server.consumers()
 
     def stream_rows(self) -> dict[str, int]:
         """Return rows put by stream, as 16 hex digits."""

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import zmq
 
+from edgedaq.claim_files import Wants
 from edgedaq.errors import WireError
 from edgedaq.frame import decode
 from edgedaq.names import matches_any
 from edgedaq.ring import is_alive, map_ring
-from edgedaq.ring_control import Release, RingBegin, Runs, Subscribe, decode_from_producer, encode_control
+from edgedaq.ring_control import (
+    CopiesTold,
+    Release,
+    RingBegin,
+    Runs,
+    Subscribe,
+    decode_from_producer,
+    encode_control,
+)
 from edgedaq.ring_frames import read_opens
 from edgedaq.ring_layout import Identity
 from edgedaq.salvage import salvage
@@ -36,35 +45,42 @@ _RECEIVE_MAX = 256
 class Run:
     """Whole frames of one ring, back to back.
 
-    ``frames`` is a view of the ring (of memory of its own where it was salvaged); it may be read until
-    ``ring.release(end)`` or later. ``count`` is the number of frames.
+    ``frames`` is a view of the ring and may be read until ``ring.release(end)`` or later; or, where it is not
+    ``in_ring`` (copies, what was salvaged), memory of its own. ``count`` is the number of frames.
     """
 
     ring: RingView
     end: int
     frames: memoryview
     count: int
+    in_ring: bool = True
 
 
 class RingView:
     """A mapped ring of another process, and how far this consumer is with it.
+
+    ``account`` is, per stream, the seq and row that come first, None as long as nobody has told; ``ends`` the
+    same of where the streams have ended, once the producer is dead.
 
     Raises:
         FileNotFoundError: The file is gone.
         WireError: It is not a ring.
     """
 
-    def __init__(self, path: Path, consumer: str, topics: Sequence[str], context: zmq.Context[Any]) -> None:
+    def __init__(self, path: Path, consumer: str, wants: Wants, context: zmq.Context[Any]) -> None:
         self.path = path
         self._fd, self._map, self.layout = map_ring(path)
         self._buffer = memoryview(self._map)
         self._size = self.layout.ring_bytes
         self._data = self._buffer[self.layout.data_offset : self.layout.data_offset + self._size]
-        self._topics = list(topics)
+        self._topics = wants.topics
+        self._is_follower = wants.policy != "wait"
         self._opens: dict[int, bytes] = {}
         self._opens_parsed = self._opens_known = 0
         self._infos: dict[int, OpenInfo] = {}
         self._begin: int | None = None
+        self.account: dict[int, tuple[int, int]] | None = None
+        self.ends: dict[int, tuple[int, int]] = {}
         self._cursor = self._told = self._released = 0
         self._tail: list[Run] = []
         self.damage: list[str] = []
@@ -77,7 +93,7 @@ class RingView:
             self.socket.reconnect_ivl = 10
             self.socket.reconnect_ivl_max = 200
             self.socket.connect(f"ipc://{path.with_suffix('.sock')}")
-            self._send(Subscribe(consumer, self._topics))
+            self._send(Subscribe(consumer, self._topics, wants.policy, wants.limit_bytes))
 
     @property
     def identity(self) -> Identity:
@@ -155,10 +171,11 @@ class RingView:
         runs = []
         for _ in range(_RECEIVE_MAX):
             try:
-                raw = self.socket.recv(zmq.NOBLOCK)
+                head, *parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=not self._is_follower)
             except zmq.Again:
                 break
-            runs += self._on_message(decode_from_producer(raw))
+            raw = head if isinstance(head, bytes) else head.bytes
+            runs += self._on_message(decode_from_producer(raw), parts)
         return runs
 
     def find_death(self, resume_at: int = 0) -> bool:
@@ -171,22 +188,27 @@ class RingView:
             WireError: The memory of the dead cannot be read; this ring gives nothing more. What of it is
                 damaged otherwise is in ``damage``.
         """
+        early: list[Run] = []
         if self.socket is not None:
             if is_alive(self._fd):
                 return False
-            # What is still in the socket is not read: the walk finds it again.
+            # What is still in the socket is not read: the walk finds it again, but for copies.
+            if self._is_follower:
+                early = self.take()
             self.socket.close()
             self.socket = None
         self.is_dead = True
-        left = salvage(self._buffer)
+        left = salvage(self._buffer, since=self._cursor if self._is_follower else None)
         self.damage = left.damage
         self._opens = left.opens | self._opens
         self._opens_parsed = self._opens_known
         begin = max(self._cursor, left.released, resume_at)
         if self._begin is None:
             self._begin = self._released = self._told = begin
-        self._tail = self._ring_runs((frame.position, frame.length, frame.stream) for frame in left.frames)
+        self._tail = early
+        self._tail += self._ring_runs((frame.position, frame.length, frame.stream) for frame in left.frames)
         self._tail += self._tail_runs(left.published, left.tail, begin)
+        self.ends = {stream: end for stream, end in left.ends.items() if self._wants(stream)}
         return True
 
     def close(self) -> None:
@@ -206,7 +228,7 @@ class RingView:
             with contextlib.suppress(zmq.Again):
                 self.socket.send(encode_control(message), zmq.NOBLOCK)
 
-    def _on_message(self, message: RingBegin | Runs) -> list[Run]:
+    def _on_message(self, message: RingBegin | Runs | CopiesTold, parts: list[Any]) -> list[Run]:
         if not self._opens_known <= message.opens_bytes <= self.layout.opens_bytes:
             text = f"ring {self.life}: opens_bytes went from {self._opens_known} to {message.opens_bytes}"
             raise WireError(text)
@@ -214,7 +236,10 @@ class RingView:
         if isinstance(message, RingBegin):
             if self._begin is None:
                 self._begin = self._cursor = self._told = self._released = message.begin
+                self.account = message.next
             return []
+        if isinstance(message, CopiesTold):
+            return self._copies(message, parts)
         found: list[Run] = []
         for position, length, count in message.runs:
             end = position + length
@@ -227,6 +252,15 @@ class RingView:
             found.append(Run(self, end, self._data[at : at + length], count))
             self._cursor = self._told = end
         return found
+
+    def _copies(self, message: CopiesTold, parts: list[Any]) -> list[Run]:
+        if message.end <= self._cursor:
+            return []
+        if not self._is_follower or len(parts) != 1 or not message.count:
+            text = f"ring {self.life}: copies without frames, or that nobody asked for"
+            raise WireError(text)
+        self._cursor = self._told = message.end
+        return [Run(self, message.end, memoryview(parts[0]), message.count, in_ring=False)]
 
     def _wants(self, stream: int) -> bool:
         info = self.open_info(stream)
@@ -265,8 +299,8 @@ class RingView:
             held.append(raw)
             size += len(raw)
             if size >= RUN_BYTES_MAX:
-                found.append(Run(self, end, memoryview(b"".join(held)), len(held)))
+                found.append(Run(self, end, memoryview(b"".join(held)), len(held), in_ring=False))
                 held, size = [], 0
         if held:
-            found.append(Run(self, end, memoryview(b"".join(held)), len(held)))
+            found.append(Run(self, end, memoryview(b"".join(held)), len(held), in_ring=False))
         return found

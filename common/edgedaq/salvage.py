@@ -88,7 +88,7 @@ class Salvaged:
     """All that is left of a life.
 
     ``frames`` lie in the data area; ``tail`` are frames made of the slots, which follow those. ``damage`` is
-    what was found to be damaged, for a person.
+    what was found to be damaged, for a person. ``ends`` is, per stream, the seq and row behind its last one.
     """
 
     released: int
@@ -97,6 +97,7 @@ class Salvaged:
     frames: list[FrameAt]
     tail: list[bytes]
     damage: list[str]
+    ends: dict[int, tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -115,8 +116,12 @@ class _Times:
     put_ns: int = 0
 
 
-def salvage(buffer: memoryview) -> Salvaged:
+def salvage(buffer: memoryview, *, since: int | None = None) -> Salvaged:
     """Return what a mapped ring holds that was not released; its producer must be dead.
+
+    Args:
+        since: Where a consumer is that holds nothing: what lies from there on is told too, if it is certain
+            that nothing was written over it (a frame, which has at most half a ring, may have been begun).
 
     Raises:
         WireError: It is not a ring, or its positions cannot be.
@@ -124,6 +129,8 @@ def salvage(buffer: memoryview) -> Salvaged:
     layout = read_layout(buffer)
     words = layout.header_words(buffer)
     released, published = words[W_RELEASED], words[W_PUBLISHED]
+    if since is not None and published - layout.ring_bytes // 2 <= since < released:
+        released = since
     opens, are_opens_whole = find_opens(buffer, layout, words[W_OPENS_USED])
     damage = [] if are_opens_whole else ["an OPEN"]
     accounts: dict[int, _Account] = {}
@@ -182,7 +189,8 @@ def salvage(buffer: memoryview) -> Salvaged:
         if not account.closed and account.next_seq:
             account.is_doubted |= is_any_lost
             tail.append(_close(stream, account.next_seq, account))
-    return Salvaged(released, published, opens, frames, tail, damage)
+    ends = {stream: (account.next_seq, account.rows) for stream, account in accounts.items()}
+    return Salvaged(released, published, opens, frames, tail, damage, ends)
 
 
 def _close(stream: int, seq: int, account: _Account) -> bytes:
@@ -272,7 +280,7 @@ def _slot_frames(
                 body.kind,
                 stream,
                 account.next_seq,
-                b"".join(body.parts),
+                b"".join(body.parts),  # type: ignore[arg-type]  # of a slot all are bytes
                 rows=body.rows,
                 row0=account.rows,
                 t_first_ns=words[W_T_FIRST] or times.first_ns,

@@ -98,6 +98,7 @@ class Sealer:
 
     Args:
         on_publish: Told (account, position, length, rows) of each frame, after its stores are done.
+        data: The data area of the ring.
     """
 
     ring: ProducedRing
@@ -109,14 +110,14 @@ class Sealer:
     slots: list[Slot] = field(default_factory=list)
     limit: int = 0
     _words: memoryview = field(init=False)
-    _data: memoryview = field(init=False)
+    data: memoryview = field(init=False)
     _size: int = 0
 
     def __post_init__(self) -> None:
         layout, buffer = self.ring.layout, self.ring.buffer
         self._words = layout.header_words(buffer)
         self._size = layout.ring_bytes
-        self._data = buffer[layout.data_offset : layout.data_offset + self._size]
+        self.data = buffer[layout.data_offset : layout.data_offset + self._size]
         self.slots = [Slot(i, *layout.slot_parts(buffer, i)) for i in range(layout.slots)]
         self.limit = body_limit(self._size)
 
@@ -168,7 +169,7 @@ class Sealer:
         placed = self._place([frame_bytes(body.size) for body in bodies])
         if placed is None:
             return False
-        data, size = self._data, self._size
+        data, size = self.data, self._size
         head, rows = self.head, account.rows
         spans: list[tuple[int, int]] = []
         for index, (position, body) in enumerate(zip(placed, bodies, strict=True)):
@@ -177,7 +178,10 @@ class Sealer:
             at = position % size
             write_at = at + HEADER_BYTES
             for part in body.parts:
-                data[write_at : write_at + len(part)] = part
+                if isinstance(part, bytes | memoryview):
+                    data[write_at : write_at + len(part)] = part
+                else:
+                    part.write_into(data, write_at)
                 write_at += len(part)
             length = seal_into(
                 data,
@@ -299,4 +303,4 @@ class Sealer:
     def _pad(self, head: int) -> None:
         at = head % self._size
         if self._size - at >= HEADER_BYTES:
-            self._data[at + 8 : at + 16] = PAD
+            self.data[at + 8 : at + 16] = PAD

@@ -62,8 +62,9 @@ class Snapshot(msgspec.Struct):
     """The account of one life of one job so far; or, folded, of several.
 
     ``t_mono_ns`` is monotonic, ``last_in_ns`` and ``last_out_ns`` are UTC ns (0: never). A queue that the job
-    does not have, and a gauge that nobody measured, is None. ``streams`` maps a stream id (16 hex digits) to
-    the rows put into it. ``extra`` holds what only this kind of job reports.
+    does not have, and a gauge that nobody measured, is None. ``blocked_by`` names the consumer that a put
+    waits for. ``streams`` maps a stream id (16 hex digits) to the rows put into it. ``extra`` holds what only
+    this kind of job reports.
     """
 
     job: str
@@ -82,6 +83,7 @@ class Snapshot(msgspec.Struct):
     dropped_count: Count = 0
     put_blocked_s: float = 0.0
     is_blocked: bool = False
+    blocked_by: str = ""
     cpu_percent: float | None = None
     rss_bytes: Count | None = None
     streams: dict[str, Count] = {}
@@ -116,6 +118,7 @@ class JobReport(msgspec.Struct):
             in_queue=now.in_queue,
             out_queue=now.out_queue,
             is_blocked=now.is_blocked,
+            blocked_by=now.blocked_by,
             cpu_percent=now.cpu_percent,
             rss_bytes=now.rss_bytes,
             streams=now.streams,

@@ -30,7 +30,7 @@ import zmq
 
 from edgedaq import lifecycle
 from edgedaq.broker import Broker
-from edgedaq.claim_files import sweep_rings
+from edgedaq.claim_files import sweep_rings, withdraw_strangers
 from edgedaq.clock import boot_id, mono_ns, utc_ns
 from edgedaq.control import ControlError, ControlServer
 from edgedaq.errors import ConfigError
@@ -124,6 +124,8 @@ class Supervisor:
         self._unstarted: list[WorkerProcess] = []
         for plan in setup.plans:
             self._add(plan)
+        claims = {claim for plan in setup.plans for claim in plan.spec.get("claims", {})}
+        withdraw_strangers(setup.runtime_dir / "rings", claims | set(self._workers))
 
     def _add(self, plan: WorkerPlan) -> None:
         setup, worker = self._setup, self._workers.get(plan.unique_id)

@@ -1,4 +1,4 @@
-"""Writers of tables: rows and columns of Python values, and pyarrow record batches.
+"""The writer of tables of Python values.
 
 A stream of rows begins PACKED, if its schema allows. A value that its column cannot hold, or a missing one,
 turns the stream to COLUMNS for good: rows then lie in the slot as msgpack, and the dtypes that were widened
@@ -7,7 +7,9 @@ so far before them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -15,7 +17,7 @@ import msgspec
 
 from edgedaq.errors import JobError
 from edgedaq.frame import Kind
-from edgedaq.open_frames import FRAME_TARGET_BYTES, Body
+from edgedaq.open_frames import Body
 from edgedaq.ring_layout import (
     FORM_PACKED,
     FORM_ROWS,
@@ -27,13 +29,18 @@ from edgedaq.stream_writer import EMPTY, NOWHERE, Binding, StreamWriter
 from edgedaq.table_rows import check_row, columns_to_rows
 from edgedaq.values import EXACT_TYPES, fit_values
 
-__all__ = ["ArrowWriter", "TableWriter"]
+__all__ = ["TableWriter"]
+
+PutBlocks = Callable[[Sequence[Sequence[Any]], int], int]
+
+_BLOCKS = (128, 64, 32, 16, 8)
+_ROWS = (list, tuple)
 
 
 class TableWriter(StreamWriter):
-    """One stream of rows. ``put_row(*values)`` is the fast path; it may change when the stream does."""
+    """One stream of rows. ``put(row)`` is the fast path: fetch it once, call it often."""
 
-    put_row: Callable[..., None]
+    put: Callable[[Sequence[Any]], None]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -42,48 +49,55 @@ class TableWriter(StreamWriter):
             raise JobError(message)
         self.schema: Schema = self.info.schema
         is_packed = self.schema.is_packed and self.schema.row_bytes <= self.slot_bytes
-        self.put_row = _packed_put(self) if is_packed else _columns_put(self)
+        self._put_blocks: PutBlocks = _no_block
+        self.put = _packed_put(self) if is_packed else _columns_put(self)
 
-    def put_rows(self, rows: Iterable[Sequence[Any]], timeout_s: float | None = None) -> None:
+    def put_rows(self, rows: Sequence[Sequence[Any]], timeout_s: float | None = None) -> None:
         """Put rows; one that cannot be put does not undo those before it.
 
         Raises:
             JobError: A row has another number of values than the table has columns.
             PutTimeout: There was no room in time; it says how many rows were taken.
         """
-        row: Any = ()
-        put_row = self.put_row
-        try:
-            if timeout_s is None:
-                for row in rows:
-                    put_row(*row)
-                return
+        if timeout_s is not None:
             with self.limit(timeout_s):
-                for row in rows:
-                    put_row(*row)
-        except TypeError:
-            check_row(self.info.job, row)
-            raise
+                self.put_rows(rows)
+        elif type(rows) in _ROWS and len(rows) >= _BLOCKS[-1]:
+            done = 0
+            while done < len(rows):
+                done = self._put_blocks(rows, done)
+                for row in rows[done : done + _BLOCKS[-1]]:
+                    self.put(row)
+                done += _BLOCKS[-1]
+        else:
+            for row in rows:
+                self.put(row)
 
     def put_columns(
         self, columns: Mapping[str, Sequence[Any]] | Sequence[Sequence[Any]], timeout_s: float | None = None
     ) -> None:
-        """Put a table given by columns, by name or in order; raises like ``put_rows``."""
+        """Put a table given by columns, by name or in order; raises like ``puts``."""
         self.put_rows(columns_to_rows(self.schema.names, columns), timeout_s)
 
-    def turn_to_columns(self, values: Sequence[Any]) -> Callable[..., None]:
+    def use_blocks(self, put_blocks: PutBlocks) -> None:
+        """Put many rows by ``put_blocks``: from an index on, up to the one that it returns."""
+        self._put_blocks = put_blocks
+
+    def turn_to_columns(self, row: Sequence[Any]) -> Callable[[Sequence[Any]], None]:
         """Put a row that has no PACKED form, and all after it, as COLUMNS; return what puts them."""
-        self.check_width(values)
-        self.put_row = _columns_put(self)
-        self.put_row(*values)
-        return self.put_row
+        self.check_width(row)
+        self._put_blocks = _no_block
+        self.put = _columns_put(self)
+        self.put(row)
+        return self.put
 
     def check_width(self, values: Sequence[Any]) -> None:
         """Refuse a row that is not one.
 
         Raises:
-            JobError: It has another number of values than the table has columns.
+            JobError: It is no row, or has another number of values than the table has columns.
         """
+        check_row(self.info.job, values)
         names = self.schema.names
         if len(values) != len(names):
             message = (
@@ -93,78 +107,79 @@ class TableWriter(StreamWriter):
             raise JobError(message)
 
 
-class ArrowWriter(StreamWriter):
-    """One stream of pyarrow record batches, which go straight into the ring."""
-
-    def put_batch(self, batch: Any, timeout_s: float | None = None) -> None:
-        """Put a ``pyarrow.RecordBatch`` of this stream's schema, split by rows into frames.
-
-        Raises:
-            JobError: One row is larger than a frame may be.
-            PutTimeout: There was no room in time; it says how many rows were taken.
-        """
-        self.gate.interrupt()
-        if not batch.num_rows:
-            return
-        step = max(1, int(batch.num_rows * FRAME_TARGET_BYTES // max(batch.nbytes, 1)))
-        with self.limit(timeout_s):
-            for at in range(0, batch.num_rows, step):
-                self._put_slice(batch.slice(at, step))
-
-    def _put_slice(self, batch: Any) -> None:
-        body = memoryview(batch.serialize()).cast("B")
-        rows = batch.num_rows
-        if len(body) <= min(self.sealer.limit, 2 * FRAME_TARGET_BYTES) or rows == 1:
-            if len(body) > self.sealer.limit:
-                message = f"one row must have at most {self.sealer.limit} bytes, got {len(body)}"
-                raise JobError(message)
-            self.append([Body(Kind.ARROW, (body,), rows)])
-            return
-        self._put_slice(batch.slice(0, rows // 2))
-        self._put_slice(batch.slice(rows // 2))
+def _no_block(_: Sequence[Sequence[Any]], begin: int) -> int:
+    """Take nothing: each row goes by itself."""
+    return begin
 
 
-def _packed_put(writer: TableWriter) -> Callable[..., None]:
+def _packed_put(writer: TableWriter) -> Callable[[Sequence[Any]], None]:
     schema = writer.schema
     row_bytes = schema.row_bytes
+    width = len(schema.columns)
     step = (1 << 32) + row_bytes
     used_bytes = writer.slot_bytes // row_bytes * row_bytes
     data = EMPTY
     commit = NOWHERE
     offset = word = 0
     is_armed = False
-    instead: Callable[..., None] | None = None
+    instead: Callable[[Sequence[Any]], None] | None = None
     begun = writer.begun
     whole = schema.row_struct
 
     if whole is not None:
         pack_into = whole.pack_into
+        blocks = [(size, struct.Struct(f"<{whole.format[1:] * size}").pack_into) for size in _BLOCKS]
 
-        def put_row(*values: Any) -> None:
+        def put(row: Sequence[Any]) -> None:
             nonlocal offset, word
             try:
-                pack_into(data, offset, *values)
+                pack_into(data, offset, *row)
             except MISFIT:
-                slow(values)
+                slow(row)
                 return
             offset += row_bytes
             word += step
             commit[0] = word
             if is_armed:
                 begun(binding)
+
+        def put_blocks(rows: Sequence[Sequence[Any]], begin: int) -> int:
+            nonlocal offset, word
+            done = begin
+            for size, pack_block in blocks:
+                while len(rows) - done >= size:
+                    end = offset + size * row_bytes
+                    if end > len(data):
+                        break
+                    block = rows[done : done + size]
+                    try:
+                        if list(map(len, block)).count(width) != size:
+                            return done
+                        pack_block(data, offset, *itertools.chain.from_iterable(block))
+                    except MISFIT:
+                        return done
+                    offset = end
+                    word += size * step
+                    commit[0] = word
+                    done += size
+                    if is_armed:
+                        begun(binding)
+            return done
+
+        writer.use_blocks(put_blocks)
 
     else:
         pack = row_packer(schema)
 
-        def put_row(*values: Any) -> None:
+        def put(row: Sequence[Any]) -> None:
             nonlocal offset, word
             try:
                 if offset >= len(data):
-                    slow(values)
+                    slow(row)
                     return
-                pack(data, offset, values)
+                pack(data, offset, row)
             except MISFIT:
-                slow(values)
+                slow(row)
                 return
             offset += row_bytes
             word += step
@@ -172,18 +187,18 @@ def _packed_put(writer: TableWriter) -> Callable[..., None]:
             if is_armed:
                 begun(binding)
 
-    def slow(values: tuple[Any, ...]) -> None:
+    def slow(row: Sequence[Any]) -> None:
         nonlocal instead
         if instead is not None:
-            instead(*values)
+            instead(row)
             return
         writer.gate.interrupt()
         if offset < len(data):
-            instead = writer.turn_to_columns(values)
+            instead = writer.turn_to_columns(row)
             return
-        writer.check_width(values)
+        writer.check_width(row)
         writer.renew(FORM_PACKED, row_bytes, binding)
-        put_row(*values)
+        put(row)
 
     def bind(slot: Slot) -> None:
         nonlocal data, commit, offset, word, is_armed
@@ -204,7 +219,7 @@ def _packed_put(writer: TableWriter) -> Callable[..., None]:
         is_armed = False
 
     binding = Binding(bind, unbind, arm, disarm)
-    return put_row
+    return put
 
 
 class _Fitter:
@@ -237,7 +252,7 @@ class _Fitter:
         return fitted, is_wider
 
 
-def _columns_put(writer: TableWriter) -> Callable[..., None]:
+def _columns_put(writer: TableWriter) -> Callable[[Sequence[Any]], None]:
     one = 1 << 32
     data = EMPTY
     ends = EMPTY
@@ -249,19 +264,17 @@ def _columns_put(writer: TableWriter) -> Callable[..., None]:
     packer = msgspec.msgpack.Encoder()
     begun = writer.begun
 
-    def put_row(*values: Any) -> None:
+    def put(row: Sequence[Any]) -> None:
         nonlocal offset, count, prefix
-        kinds = tuple(map(type, values))
         is_wider = False
-        if kinds == fitter.kinds:
-            held: Sequence[Any] = values
-        else:
-            writer.check_width(values)
-            held, is_wider = fitter.fit(values, all_of_them=False)
+        held = row
+        if type(row) not in _ROWS or tuple(map(type, row)) != fitter.kinds:
+            writer.check_width(row)
+            held, is_wider = fitter.fit(row, all_of_them=False)
         try:
             raw = packer.encode(held)
         except (OverflowError, ValueError, TypeError):
-            held, is_wider = fitter.fit(values, all_of_them=True)
+            held, is_wider = fitter.fit(row, all_of_them=True)
             raw = packer.encode(held)
         if is_wider:
             prefix = msgpack.packb(fitter.dtypes)
@@ -318,4 +331,4 @@ def _columns_put(writer: TableWriter) -> Callable[..., None]:
         is_armed = False
 
     binding = Binding(bind, unbind, arm, disarm)
-    return put_row
+    return put

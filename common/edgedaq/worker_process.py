@@ -232,6 +232,7 @@ class WorkerProcess:
                 in_queue=None,
                 out_queue=None,
                 is_blocked=False,
+                blocked_by="",
                 cpu_percent=None,
                 rss_bytes=None,
             )
@@ -308,8 +309,10 @@ class WorkerProcess:
             case "report":
                 self._take_snapshot(message)
                 self._take_topics(message.get("topics"))
-                if self.snapshot is not None:
-                    self.handle(lifecycle.Report(self._has_advanced(message), self.snapshot.is_blocked))
+                held = self.snapshot
+                if held is not None:
+                    advanced = self._has_advanced(message)
+                    self.handle(lifecycle.Report(advanced, held.is_blocked, held.blocked_by))
             case "working":
                 self.handle(lifecycle.Report(has_advanced=True, is_blocked=False))
             case "ended":

@@ -185,6 +185,17 @@ def _obey(outlet: Outlet, op: str, command: dict[str, Any], where: dict[str, Any
             outlet.event(**where).put(command["metadata"], command["data"].encode())
         case "loss":
             outlet.report_loss(outlet.table(SCHEMA, **where), command["count"], command["reason"])
+        case "arrow":
+            import pyarrow as pa
+
+            for first in command["firsts"]:
+                numbers = pa.array(range(first, first + command["count"]))
+                batch = pa.RecordBatch.from_arrays(
+                    [numbers, pa.array([f"t{first}"] * len(numbers))], names=["n", "t"]
+                )
+                outlet.arrow(bytes(batch.schema.serialize()), **where).put_batch(batch)
+        case "stuck":
+            _stuck(outlet, command, where)
         case "endless":
             _endless(outlet, command, where)
         case "side":
@@ -193,10 +204,30 @@ def _obey(outlet: Outlet, op: str, command: dict[str, Any], where: dict[str, Any
         "out_count": outlet.out_count,
         "dropped_count": outlet.dropped_count,
         "queued_count": outlet.queued_count,
+        "blocked_by": outlet.blocked_by,
+        "consumers": {facts["consumer"]: facts for facts in outlet.consumers()},
         "put_blocked_s": outlet.put_blocked_s,
         "is_blocked": outlet.is_blocked,
         "streams": outlet.stream_rows(),
     }
+
+
+def _stuck(outlet: Outlet, command: dict[str, Any], where: dict[str, Any]) -> None:
+    """Say from another thread by whom a put is held, while it is; it ends once that is over."""
+
+    def say() -> None:
+        while not outlet.is_blocked:
+            time.sleep(0.001)
+        _say(blocked_by=outlet.blocked_by)
+
+    thread = threading.Thread(target=say)
+    thread.start()
+    writer = outlet.table(SCHEMA, **where)
+    n = command["first"]
+    while thread.is_alive():
+        writer.put(row_of(n))
+        n += 1
+    thread.join()
 
 
 def _endless(outlet: Outlet, command: dict[str, Any], where: dict[str, Any]) -> None:
@@ -205,9 +236,9 @@ def _endless(outlet: Outlet, command: dict[str, Any], where: dict[str, Any]) -> 
     n = 0
     while True:
         if command["kind"] == "rows":
-            rows.put_row(*row_of(n))
+            rows.put(row_of(n))
         elif command["kind"] == "columns":
-            rows.put_row(n, None if n % 3 else float(n * n), n % 65536)
+            rows.put((n, None if n % 3 else float(n * n), n % 65536))
         else:
             raw.put(message_of(n, 8 + (n * 7919) % command["largest"]))
         n += 1
@@ -218,14 +249,14 @@ def _side(outlet: Outlet, command: dict[str, Any], where: dict[str, Any]) -> Non
     def put(start: int) -> None:
         for n in range(start, start + command["count"]):
             with outlet.side():
-                outlet.table(SCHEMA, **where).put_row(*row_of(n))
+                outlet.table(SCHEMA, **where).put(row_of(n))
 
     threads = [threading.Thread(target=put, args=(k * command["count"],)) for k in range(3)]
     for thread in threads:
         thread.start()
     main = outlet.table(SCHEMA, **where)
     for n in range(command["count"]):
-        main.put_row(*row_of(10**6 + n))
+        main.put(row_of(10**6 + n))
     for thread in threads:
         thread.join()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from edgedaq.config import DAQJobConfig, RingOptions
+from edgedaq.config import DAQJobConfig, InputOptions, RingOptions
 from edgedaq.lane_options import LaneOptions
 from edgedaq.store_config import (
     DAQJobStoreConfig,
@@ -34,6 +34,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "journal": JournalOptions,
     "Every job and store": DAQJobConfig,
     "ring": RingOptions,
+    "input": InputOptions,
     "store_config": DAQJobStoreConfig,
     "store_config.csv": DAQJobStoreConfigCSV,
     "store_config.raw": DAQJobStoreConfigRaw,

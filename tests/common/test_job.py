@@ -6,6 +6,7 @@ import fractions
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from edgedaq import (
     DAQJob,
     DAQJobConfig,
     DAQJobMessageEvent,
+    DAQJobMessageGap,
     DAQJobMessageStorePyArrow,
     DAQJobMessageStoreRaw,
     DAQJobMessageStoreTabular,
@@ -25,10 +27,12 @@ from edgedaq import (
     StorableDAQJobConfig,
 )
 from edgedaq.batch import event_of, frame_columns, raw_messages
+from edgedaq.delivery import gap_of
 from edgedaq.errors import JobError
 from edgedaq.frame import Kind
 from edgedaq.inlet import Inlet, withdraw_claim
 from edgedaq.job_context import JobContext, JobStopped, WorkerSpec
+from edgedaq.messages import Source
 from edgedaq.schema import Column, OpenInfo, decode_open
 
 from tests.common.producing import Producer, Taken, pump
@@ -83,9 +87,7 @@ def test_rows_go_where_the_toml_of_the_job_says(bench: Bench) -> None:
     taken = bench.taken()
     info, frame = taken[1]
     assert info.topics == ("store.DAQJobStoreCSV",)
-    assert info.store_config == {
-        "csv": {"file_path": "a.csv", "add_date": False, "overwrite": False, "use_zstd": False}
-    }
+    assert info.store_config == CSV.to_map()
     assert (info.node, info.job, info.job_type, info.life) == ("node1", "job1", "Job", bench.context.life)
     assert [column.dtype for column in info.schema.columns] == ["i8", "f8"] if info.schema else False
     assert [f.kind for _, f in taken] == [Kind.OPEN, Kind.PACKED, Kind.CLOSE]
@@ -352,3 +354,49 @@ def test_edgedaq_is_imported_without_heavy_libraries() -> None:
         check=True,
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_what_an_opened_stream_puts_goes_where_put_rows_puts_it(bench: Bench) -> None:
+    schema = Schema((Column("n", "i8"),))
+    put = bench.job.open_table(schema)
+    for n in range(3):
+        put((n,))
+    bench.job.put_rows([[3]], schema=schema)
+    put((4,))
+    bench.job.report_loss(2, "overrun")
+    bench.job.open_raw(topics=["alarm"])(b"x")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(JobError, match="main thread"):
+        pool.submit(bench.job.open_table, schema).result()
+    taken = bench.taken()
+    assert [
+        row
+        for info, f in taken
+        if f.kind is Kind.PACKED
+        for row in zip(*frame_columns(info, f)[1], strict=True)
+    ] == [(n,) for n in range(5)]
+    assert len({f.stream for _, f in taken if f.kind is Kind.PACKED}) == 1
+    assert [f.rows for info, f in taken if info.topics == ("alarm", "store.DAQJobStoreCSV") and f.rows] == [1]
+
+
+class _Operator(DAQJob):
+    def handle_message(self, message: Any) -> None:
+        self.put_raw(message.data, topics=["store.X"])
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_an_operator_missed_is_a_loss_in_what_it_puts(runtime_dir: Path, is_first: bool) -> None:
+    bench = Bench(runtime_dir, DAQJobConfig(daq_job_type="Job"))
+    operator = _Operator(bench.job.config, bench.context)
+    message = DAQJobMessageStoreRaw(data=b"x")
+    gap = DAQJobMessageGap(
+        source=Source("pi", "adc", 7, 3, 0), last=5, rows=40, reason="missed by this consumer"
+    )
+    if not is_first:
+        operator.handle_message(message)
+    operator.handle_gap(gap)
+    operator.handle_message(message)
+    operator.write_down_missed()
+    gaps = [gap_of(frame) for _, frame in bench.taken() if frame.kind is Kind.GAP]
+    assert [(rows, reason) for _, rows, reason in gaps] == [
+        (None, "input of pi/adc: 40 rows: missed by this consumer")
+    ]

@@ -56,7 +56,7 @@ def kinds(outlet: Outlet) -> list[str]:
 def test_rows_are_in_shared_memory_when_put_returns(outlet: Outlet) -> None:
     writer = outlet.table(NUMBERS, **WHERE)
     for n in range(700):
-        writer.put_row(n, n / 2)
+        writer.put((n, n / 2))
         if n % 97 == 0:
             assert rows(outlet) == [(k, k / 2) for k in range(n + 1)]
     assert outlet.out_count == 700
@@ -72,14 +72,14 @@ def test_the_same_stream_has_one_writer_and_another_tag_another(outlet: Outlet) 
 
 def test_values_that_do_not_fit_widen_the_column_and_lose_nothing(outlet: Outlet) -> None:
     writer = outlet.table(NUMBERS, **WHERE)
-    put_row = writer.put_row  # a job may keep it
-    put_row(1, 1.0)
-    put_row(2.5, 2)
-    put_row(3, None)
-    put_row("four", 4.0)
-    put_row(5, math.inf)
-    put_row(2**100, 6.0)
-    put_row(None, "x" * 9000)
+    put = writer.put  # a job may keep it
+    put((1, 1.0))
+    put((2.5, 2))
+    put((3, None))
+    put(("four", 4.0))
+    put((5, math.inf))
+    put((2**100, 6.0))
+    put((None, "x" * 9000))
     found = rows(outlet)
     assert found[0] == (1, 1.0)
     assert found[1] == (2.5, 2.0)
@@ -93,9 +93,9 @@ def test_values_that_do_not_fit_widen_the_column_and_lose_nothing(outlet: Outlet
 def test_timestamps_take_datetimes_and_integers(outlet: Outlet) -> None:
     schema = Schema((Column("t", "timestamp"),))
     writer = outlet.table(schema, **WHERE)
-    writer.put_row(1_700_000_000_000_000_000)
+    writer.put((1_700_000_000_000_000_000,))
     moment = dt.datetime(2026, 5, 1, 12, tzinfo=dt.timezone(dt.timedelta(hours=2)))
-    writer.put_row(moment)
+    writer.put((moment,))
     (t1,), (t2,) = rows(outlet)
     assert t1 == 1_700_000_000_000_000_000
     assert t2 == int(moment.timestamp()) * 10**9
@@ -104,16 +104,16 @@ def test_timestamps_take_datetimes_and_integers(outlet: Outlet) -> None:
 def test_arrays_and_booleans_are_packed(outlet: Outlet) -> None:
     schema = Schema((Column("ok", "bool"), Column("w", "u2", (4,)), Column("n", "i8")))
     writer = outlet.table(schema, **WHERE)
-    writer.put_row(True, [1, 2, 3, 4], 1)
-    writer.put_row(False, array.array("H", [5, 6, 7, 8]), 2)
+    writer.put((True, [1, 2, 3, 4], 1))
+    writer.put((False, array.array("H", [5, 6, 7, 8]), 2))
     for n in range(400):
-        writer.put_row(n % 2 == 0, (n, 0, 0, 65535), n)
+        writer.put((n % 2 == 0, (n, 0, 0, 65535), n))
     found = rows(outlet)
     assert found[0] == (True, [1, 2, 3, 4], 1)
     assert found[1] == (False, [5, 6, 7, 8], 2)
     assert found[-1] == (False, [399, 0, 0, 65535], 399)
     assert set(kinds(outlet)) == {"PACKED"}
-    writer.put_row(2, [1, 2, 3, 4], 1)
+    writer.put((2, [1, 2, 3, 4], 1))
     assert rows(outlet)[-1][0] == 2, "no number becomes a truth"
 
 
@@ -121,8 +121,8 @@ def test_text_and_ragged_lists_travel_as_columns(outlet: Outlet) -> None:
     schema = Schema((Column("name", "utf8"), Column("trace", "f8", (-1,)), Column("raw", "bytes")))
     writer = outlet.table(schema, **WHERE)
     for n in range(100):
-        writer.put_row(f"n{n}", [0.5] * n, bytes([n]))
-    writer.put_row(7, array.array("d", [1.0]), None)
+        writer.put((f"n{n}", [0.5] * n, bytes([n])))
+    writer.put((7, array.array("d", [1.0]), None))
     found = rows(outlet)
     assert found[:100] == [(f"n{n}", [0.5] * n, bytes([n])) for n in range(100)]
     assert found[100] == ("7", [1.0], None)
@@ -131,14 +131,14 @@ def test_text_and_ragged_lists_travel_as_columns(outlet: Outlet) -> None:
 def test_rows_larger_than_a_slot_and_than_a_frame(outlet: Outlet) -> None:
     wide = Schema(tuple(Column(f"c{n}", "f8") for n in range(1000)))
     writer = outlet.table(wide, **WHERE)
-    writer.put_row(*[float(n) for n in range(1000)])
-    writer.put_row(*[None] * 1000)
+    writer.put([float(n) for n in range(1000)])
+    writer.put([None] * 1000)
     assert rows(outlet) == [tuple(float(n) for n in range(1000)), (None,) * 1000]
     text = outlet.table(Schema((Column("s", "utf8"),)), **WHERE)
-    text.put_row("x" * 100_000)
+    text.put(("x" * 100_000,))
     with pytest.raises(JobError, match="one row must have at most"):
-        text.put_row("x" * 600_000)
-    text.put_row("y")
+        text.put(("x" * 600_000,))
+    text.put(("y",))
     assert [len(row[0]) for row in rows(outlet) if len(row) == 1] == [100_000, 1]
 
 
@@ -146,8 +146,8 @@ def test_a_row_of_another_length_is_refused_and_the_rest_goes_on(outlet: Outlet)
     writer = outlet.table(NUMBERS, **WHERE)
     for values in [(1,), (1, 2.0, 3), ()]:
         with pytest.raises(JobError, match=r"2 values \(n, x\)"):
-            writer.put_row(*values)
-        writer.put_row(1, 1.0)
+            writer.put(values)
+        writer.put((1, 1.0))
     assert rows(outlet) == [(1, 1.0)] * 3
     assert set(kinds(outlet)) == {"PACKED"}
 
@@ -195,9 +195,9 @@ def test_a_ring_that_nobody_empties_refuses_after_the_limit(outlet: Outlet) -> N
 
 def test_a_job_that_opens_a_stream_with_every_message_is_told_why_it_cannot(outlet: Outlet) -> None:
     for n in range(256):
-        outlet.table(NUMBERS, tag=str(n), **WHERE).put_row(n, 1.0)
+        outlet.table(NUMBERS, tag=str(n), **WHERE).put((n, 1.0))
     with pytest.raises(JobError, match="must not change with every message"):
-        outlet.table(NUMBERS, tag="256", **WHERE).put_row(256, 1.0)
+        outlet.table(NUMBERS, tag="256", **WHERE).put((256, 1.0))
     assert outlet.out_count == 256
 
 
@@ -233,10 +233,35 @@ def test_the_times_of_a_frame_are_those_of_its_first_row(outlet: Outlet) -> None
 
     writer = outlet.table(NUMBERS, **WHERE)
     before = utc_ns(), mono_ns()
-    writer.put_row(1, 1.0)
+    writer.put((1, 1.0))
     after = utc_ns(), mono_ns()
     for n in range(100):
-        writer.put_row(n, 1.0)
+        writer.put((n, 1.0))
     (_, frame), *_ = [pair for pair in left(outlet) if pair[1].rows]
     assert before[0] <= frame.t_first_ns <= after[0]
     assert before[1] <= frame.t_put_ns <= after[1]
+
+
+@pytest.mark.parametrize("count", [7, 8, 9, 100, 255, 256, 257, 1000])
+def test_many_rows_at_once_are_the_same_as_one_by_one(outlet: Outlet, count: int) -> None:
+    writer = outlet.table(NUMBERS, **WHERE)
+    expected = [(n, n / 2) for n in range(count)]
+    for begin in (0, 3):
+        writer.put_rows(expected[begin:])
+    assert rows(outlet) == expected + expected[3:]
+    assert set(kinds(outlet)) == {"PACKED"}
+
+
+def test_a_value_that_does_not_fit_amid_many_rows_loses_none_and_moves_none(outlet: Outlet) -> None:
+    writer = outlet.table(NUMBERS, **WHERE)
+    expected: list[tuple[Any, Any]] = [(n, n / 2) for n in range(500)]
+    expected[333] = (333, None)
+    writer.put_rows(expected)
+    assert rows(outlet) == expected
+
+
+def test_rows_that_are_too_long_and_too_short_are_refused_though_their_sum_fits(outlet: Outlet) -> None:
+    writer = outlet.table(NUMBERS, **WHERE)
+    with pytest.raises(JobError, match="2 values"):
+        writer.put_rows([(0, 0.0)] * 10 + [(1, 1.0, 2), (3.0,)] + [(0, 0.0)] * 10)
+    assert rows(outlet) == [(0, 0.0)] * 10

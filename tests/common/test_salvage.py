@@ -95,7 +95,7 @@ class Rig:
         elif key == "event":
             writer.put(*value)
         else:
-            writer.put_row(*value)
+            writer.put(value)
         self.put[key].append(value)
         self.in_progress = None
 
@@ -393,7 +393,7 @@ def _play(rig: Rig, op: str, argument: Any, counts: dict[str, int]) -> None:
     elif op == "odd":
         writer = rig.writer("flat")
         rig.in_progress = ("flat", ODD)
-        writer.put_row(n, argument, 3)
+        writer.put((n, argument, 3))
         rig.put["flat"].append(ODD)
         rig.in_progress = None
     else:

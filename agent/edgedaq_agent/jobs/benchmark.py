@@ -83,9 +83,9 @@ class DAQJobBenchmark(DAQJob):
         """Put ``messages`` messages, or until stopped."""
         size = self.config.payload_size
         if self.config.mode == "raw":
-            put_raw = self.put_raw
+            put = self.open_raw()
             for message in raw_messages(size, self._sequences()):
-                put_raw(message)
+                put(message)
         elif self.config.mode == "table":
             for sequence in self._sequences():
                 self.put_table(columns_of(sequence, size), schema=SCHEMA)
