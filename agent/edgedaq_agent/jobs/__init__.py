@@ -11,6 +11,7 @@ __all__ = ["JOBS"]
 JOBS: dict[str, str] = {
     "DAQJobBenchmark": "edgedaq_agent.jobs.benchmark:DAQJobBenchmark",
     "DAQJobPCMetrics": "edgedaq_agent.jobs.pc_metrics:DAQJobPCMetrics",
+    "DAQJobReplay": "edgedaq_agent.jobs.replay:DAQJobReplay",
     "DAQJobSimulatedDetector": "edgedaq_agent.jobs.simulated_detector:DAQJobSimulatedDetector",
     "DAQJobTest": "edgedaq_agent.jobs.test:DAQJobTest",
 }
