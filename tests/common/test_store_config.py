@@ -19,9 +19,10 @@ def test_it_can_be_made_in_code_and_routes_to_each_store_it_names():
         csv=DAQJobStoreConfigCSV(file_path="a.csv"), raw=DAQJobStoreConfigRaw("b.bin", length_prefix=True)
     )
     assert config.topics() == ("store.DAQJobStoreCSV", "store.DAQJobStoreRaw")
+    file = {"add_date": False, "rotate_size": None, "rotate_every": None, "overwrite": False}
     assert config.to_map() == {
-        "csv": {"file_path": "a.csv", "add_date": False, "overwrite": False, "use_zstd": False},
-        "raw": {"file_path": "b.bin", "add_date": False, "overwrite": False, "length_prefix": True},
+        "csv": {"file_path": "a.csv", **file, "use_zstd": False},
+        "raw": {"file_path": "b.bin", **file, "length_prefix": True},
     }
 
 

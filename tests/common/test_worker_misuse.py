@@ -132,7 +132,10 @@ def test_what_a_leaked_thread_has_put_is_there_once_and_what_it_puts_too_late_is
 ) -> None:
     code = """
     def start(self):
-        threading.Thread(target=self.leak, daemon=True).start()
+        import atexit
+        leaked = threading.Thread(target=self.leak, daemon=True)
+        leaked.start()
+        atexit.register(leaked.join, 5)  # the process must not end before it has seen the refusal
         time.sleep(0.5)
 
     def leak(self):
