@@ -98,7 +98,7 @@ def why_failed(event: int, value: int, *, has_keys: bool, had_handshake: bool) -
             "the aggregator wants a key, and this node has none: it has to join "
             "(`edgedaq-aggregator invite` prints what to type)"
         )
-    if has_keys:
-        return "who answers there is not the aggregator that this node joined, or no aggregator at all"
     # Whose end of the connection notices first that only one side has keys is a matter of chance.
+    if has_keys:
+        return "who answers there is not the aggregator that this node joined, or one that has no keys"
     return "who answers there is no intake, or one that wants a key: then this node has to join"
