@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import struct
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +20,9 @@ from typing import Protocol
 __all__ = ["OsStorage", "Storage", "write_all"]
 
 Buffer = bytes | bytearray | memoryview
+
+_WHOLE_FILE = struct.Struct("@hhqqi4x")
+"""Linux' ``struct flock``: type, whence, start, length (0: to the end), pid (0)."""
 
 
 class Storage(Protocol):
@@ -86,10 +91,16 @@ class OsStorage:
         os.close(fd)
 
     def lock(self, path: Path) -> int:
-        """See ``Storage``; by flock, so that a second holder in this same process is refused too."""
+        """See ``Storage``; by the open file, so that a second holder in this same process is refused too.
+
+        Not by flock, where that can be: readers of HDF5 take that.
+        """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if hasattr(fcntl, "F_OFD_SETLK") and sys.platform == "linux":
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            else:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(fd)
             raise

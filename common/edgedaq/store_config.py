@@ -61,6 +61,7 @@ _SEGMENT_BYTES_MAX = 200  # leaves room for a date and a number beside the 255 o
 _CONTROL_END = 32
 _TABLE_NAME_MAX = 64  # of MySQL; SQLite has no limit
 _ROTATE_BYTES_MIN = 64 << 10
+_ROOT_LEVELS = {"LZ4": 12, "ZSTD": 22, "ZLIB": 9, "LZMA": 9}
 
 
 def check_file_path(file_path: str) -> str:
@@ -162,18 +163,32 @@ class DAQJobStoreConfigRaw(_RotatedOptions, frozen=True, forbid_unknown_fields=T
     length_prefix: bool = False
 
 
-class DAQJobStoreConfigROOT(_FileOptions, frozen=True, forbid_unknown_fields=True):
-    """``compression_type`` LZ4 or ZSTD; ROOT's own default, ZLIB, is 10 to 36 times slower."""
+class DAQJobStoreConfigROOT(_RotatedOptions, frozen=True, forbid_unknown_fields=True):
+    """``compression_type``: ROOT's own default, ZLIB, is 10 to 36 times slower than LZ4 or ZSTD."""
 
     tree_name: str = "tree"
-    compression_type: str = "LZ4"
-    compression_level: Annotated[int, msgspec.Meta(ge=0, le=22)] = 1
+    compression_type: Literal["LZ4", "ZSTD", "ZLIB", "LZMA"] = "LZ4"
+    compression_level: Annotated[int, msgspec.Meta(ge=0)] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = _ROOT_LEVELS[self.compression_type]
+        if self.compression_level > most:
+            kind, level = self.compression_type, self.compression_level
+            message = f"compression_level of {kind} must be 0 to {most}, got {level}"
+            raise ConfigError(message)
 
 
-class DAQJobStoreConfigHDF5(_FileOptions, frozen=True, forbid_unknown_fields=True):
-    """``dataset_name``: where in the file the rows are."""
+class DAQJobStoreConfigHDF5(_RotatedOptions, frozen=True, forbid_unknown_fields=True):
+    """``dataset_name``: where in the file the rows are; may have groups, ``"run/events"``."""
 
     dataset_name: str = "data"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if {"", ".", ".."} & {*self.dataset_name.strip("/").split("/")} or "\0" in self.dataset_name:
+            message = f"dataset_name must be like 'data' or 'group/data', got {self.dataset_name!r}"
+            raise ConfigError(message)
 
 
 class DAQJobStoreConfigParquet(_FileOptions, frozen=True, forbid_unknown_fields=True):

@@ -42,6 +42,28 @@ def test_a_configuration_that_names_no_store_is_refused_because_its_data_would_g
 
 
 @pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"compression_type": "RAR"}, "RAR"),
+        ({"compression_type": "lz4"}, "lz4"),
+        ({"compression_level": 13}, "compression_level of LZ4 must be 0 to 12, got 13"),
+        ({"compression_type": "ZLIB", "compression_level": 10}, "ZLIB must be 0 to 9, got 10"),
+        ({"compression_level": -1}, "-1"),
+        ({"rotate_size": "1 kB"}, "rotate_size"),
+    ],
+)
+def test_options_that_no_root_file_can_have_are_refused_on_either_side(options, told):
+    with pytest.raises(ConfigError, match=f"a.toml.*{told}"):
+        DAQJobStoreConfig.from_map({"root": {"file_path": "x.root", **options}}, "a.toml")
+
+
+@pytest.mark.parametrize("name", ["", "/", "a/../b", "a//b", ".", "nul\0"])
+def test_a_dataset_name_that_names_none_is_refused_on_either_side(name):
+    with pytest.raises(ConfigError, match=r"a\.toml.*dataset_name must be like"):
+        DAQJobStoreConfig.from_map({"hdf5": {"file_path": "x.h5", "dataset_name": name}}, "a.toml")
+
+
+@pytest.mark.parametrize(
     "path",
     [
         "", "/etc/passwd", "..", "../x", "a/../../x", "a/..", "./x", "a//b", "a/", "x\0y", "a\nb", "a\\b",

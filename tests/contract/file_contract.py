@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from edgedaq.storage import OsStorage
@@ -23,6 +24,8 @@ from tests.contract.store_feed import DAY_NS, NODE, T0_NS, Feed, flat
 from tests.contract.store_under_test import wait_for
 
 __all__ = ["AppendStoreContract", "FileStoreContract", "StorageStoreContract"]
+
+ROTATE_BYTES = 64 << 10
 
 
 class FileStoreContract(StoreContract):
@@ -158,6 +161,9 @@ class StorageStoreContract(StoreContract):
 class AppendStoreContract(FileStoreContract, StorageStoreContract):
     """What stores that append to files promise besides."""
 
+    rotated_bytes_max: ClassVar[int] = 2 * ROTATE_BYTES
+    """How large a file becomes that is left at ``ROTATE_BYTES``."""
+
     def rotated(self, base: Path, name: str = "data.dat") -> list[str]:
         """Return the names of a rotated file, in order."""
         stem, suffix = name.split(".")
@@ -166,9 +172,9 @@ class AppendStoreContract(FileStoreContract, StorageStoreContract):
 
     def test_a_file_that_is_full_is_left_and_rows_go_on_in_the_next_one(self, tmp_path):
         feed = Feed()
-        feed.open(1, self.config(rotate_size=64 << 10))
+        feed.open(1, self.config(rotate_size=ROTATE_BYTES))
         expected = []
-        for part in range(20):
+        for part in range(40):
             expected += feed.pairs(1, part * 1000, 1000)
             if part % 7 == 6:
                 self.feed_all(tmp_path, feed, per_commit=2)
@@ -177,13 +183,13 @@ class AppendStoreContract(FileStoreContract, StorageStoreContract):
         assert len(names) > 2
         assert flat(self.read_pairs(tmp_path, name) for name in names) == expected
         sizes = [(tmp_path / "out" / NODE / name).stat().st_size for name in names]
-        assert min(sizes[:-1]) >= 64 << 10
-        assert max(sizes) < 2 * (64 << 10)
+        assert min(sizes[:-1]) >= ROTATE_BYTES
+        assert max(sizes) < self.rotated_bytes_max
 
     @pytest.mark.parametrize("kind", [KilledStorage, PowerCutStorage])
     def test_rotation_survives_an_end_at_any_operation(self, tmp_path, kind):
         feed = Feed()
-        feed.open(1, self.config(rotate_size=64 << 10))
+        feed.open(1, self.config(rotate_size=ROTATE_BYTES))
         expected = flat(feed.pairs(1, part * 3000, 3000) for part in range(6))
         for at in range(200):
             base = tmp_path / str(at)
@@ -217,7 +223,7 @@ class AppendStoreContract(FileStoreContract, StorageStoreContract):
     @pytest.mark.parametrize("is_overwriting", [False, True])
     def test_a_file_replaced_by_a_directory_holds_nothing_up(self, tmp_path, is_overwriting):
         feed = Feed()
-        feed.open(1, self.config(overwrite=is_overwriting))
+        feed.open(1, self.config("data.dat", **({"overwrite": True} if is_overwriting else {})))
         feed.open(2, self.config("other.dat"))
         first = feed.pairs(1, 0, 500)
         other = feed.pairs(2, 0, 5)

@@ -6,7 +6,9 @@ __all__ = ["READERS", "STORES"]
 
 STORES = {
     "DAQJobStoreCSV": "edgedaq_aggregator.stores.csv:DAQJobStoreCSV",
+    "DAQJobStoreHDF5": "edgedaq_aggregator.stores.hdf5:DAQJobStoreHDF5",
     "DAQJobStoreParquet": "edgedaq_aggregator.stores.parquet:DAQJobStoreParquet",
+    "DAQJobStoreROOT": "edgedaq_aggregator.stores.root:DAQJobStoreROOT",
     "DAQJobStoreRaw": "edgedaq_aggregator.stores.raw:DAQJobStoreRaw",
     "DAQJobStoreSQLite": "edgedaq_aggregator.stores.sqlite:DAQJobStoreSQLite",
     "DAQJobStoreMySQL": "edgedaq_aggregator.stores.mysql:DAQJobStoreMySQL",

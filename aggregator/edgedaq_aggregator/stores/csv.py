@@ -16,6 +16,7 @@ A raw stream that is put here has one column, ``message``, in hex; an event stre
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from edgedaq.store_config import DAQJobStoreConfigCSV
 from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.base import DAQJobStore
 from edgedaq_aggregator.stores.csv_tables import parse_lines
+from edgedaq_aggregator.stores.data_file import DataFile
 from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
 from edgedaq_aggregator.stores.file_reader import FileReader
 from edgedaq_aggregator.stores.put_away import put_files_away
@@ -61,7 +63,7 @@ class CsvFormat:
             found.add_date,
             found.overwrite,
             suffix=".zst" if found.use_zstd else "",
-            compress=_compress if found.use_zstd else None,
+            make=functools.partial(DataFile, compress=_compress) if found.use_zstd else DataFile,
             rotate_bytes=found.rotate_size or 0,
             rotate_ns=found.rotate_ns,
         )

@@ -29,15 +29,15 @@ from edgedaq.logsetup import get_logger
 from edgedaq.storage import Storage
 
 from edgedaq_aggregator.stores.commits import FILES_MAX, Change, FileMark
-from edgedaq_aggregator.stores.data_file import Compressor, DataFile
-from edgedaq_aggregator.stores.file_names import PathRefusedError, numbered, resolve
+from edgedaq_aggregator.stores.data_file import DataFile, MakeFile, holds
+from edgedaq_aggregator.stores.file_names import PathRefusedError, numbered, resolve, unused
 from edgedaq_aggregator.stores.ranges import BlockStreams, OpenBlock
+from edgedaq_aggregator.stores.undo_log import UndoLog
 
 __all__ = ["DataFiles"]
 
 OPEN_FILES_MAX = 256
 _NUMBERS_MAX = 4000
-_CHECK_BYTES = 1 << 22
 _REFUSALS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EILSEQ)
 
 
@@ -48,6 +48,7 @@ class DataFiles:
         out_dir: Made if it is absent; may itself be a symbolic link.
         marks: What is committed, by path below ``out_dir``; changed here as files are sealed or forgotten.
         declare: Makes the first mark of a file durable, before anything is written to it.
+        undo: What containers are put back with.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class DataFiles:
         marks: dict[str, FileMark],
         storage: Storage,
         declare: Callable[[str, FileMark], None],
+        undo: UndoLog,
     ) -> None:
         self._declare = declare
+        self._undo = undo
         self._out_dir = out_dir
         self._storage = storage
         self._marks = marks
@@ -96,7 +99,7 @@ class DataFiles:
         date: str = "",
         suffix: str = "",
         header: bytes = b"",
-        compress: Compressor | None = None,
+        make: MakeFile = DataFile,
         owner: int = 0,
         is_ours: bool = False,
         is_rotated: bool = False,
@@ -123,9 +126,9 @@ class DataFiles:
             base += suffix
         digest = xxhash.xxh3_64_intdigest(header) if header else 0
         if owner:
-            return self._own(directory, base, digest, compress, owner)
+            return self._own(directory, base, digest, make, owner)
         for number in range(1, _NUMBERS_MAX):
-            file = self._candidate(directory, numbered(base, number, suffix), header, digest, compress)
+            file = self._candidate(directory, numbered(base, number, suffix), header, digest, make)
             if file is not None:
                 if number > 1 and file.is_empty and not is_rotated:
                     self._log.warning("file.numbered", path=file.name, reason="another holds the plain name")
@@ -154,27 +157,33 @@ class DataFiles:
             return True
         return False
 
+    def leave(self, file: DataFile, reason: str) -> None:
+        """Leave a file alone from now on."""
+        self._seal(file.name, reason)
+        self._drop(file)
+
     def changes(self, change: Change) -> tuple[list[DataFile], set[Path]]:
         """Flush; tell a commit what it records; return the files and directories to sync before."""
         dirty = [file for file in self._open.values() if file.is_dirty or file.is_fresh]
-        for file in dirty:
-            file.flush(self._storage)
+        self._flush(dirty)
         for file in dirty:
             self._mark(file)
             file.is_fresh = False
             file.pins += 1
         change.files, change.blocks, self._changes, self._grown = self._changes, self._grown, {}, {}
         directories, self._new_directories = self._new_directories, set()
+        self._undo.begin_commit()
         return dirty, directories
 
     def committed(self, files: Sequence[DataFile]) -> None:
         """Be told that the files of ``changes`` are durable; closes those used longest ago."""
+        self._undo.committed()
         for file in files:
             file.pins -= 1
             if file.replaces is not None:
                 file.path, file.replaces = file.replaces, None
-            if file.is_gone and not file.pins:
-                self._close_file(file)
+            if file.is_gone or (file.is_full and not file.is_dirty):
+                self._drop(file)
         if len(self._open) <= OPEN_FILES_MAX:
             return
         idle = [file for file in self._open.values() if not file.pins and not file.is_dirty]
@@ -187,9 +196,10 @@ class DataFiles:
         for file in list(self._open.values()):
             file.pins = 0
             self._drop(file)
+        self._undo.close()
 
     def _candidate(
-        self, directory: Path, base: str, header: bytes, digest: int, compress: Compressor | None
+        self, directory: Path, base: str, header: bytes, digest: int, make: MakeFile
     ) -> DataFile | None:
         path = directory / base
         name = str(path.relative_to(self._out_dir))
@@ -204,16 +214,17 @@ class DataFiles:
             mark = None
         if path.is_symlink() or (path.exists() and not path.is_file()):
             return None
-        file = self._open_file(path, name, digest, compress)
+        file = self._open_file(path, name, digest, make)
         if file is None:
             return None
         if mark is not None:
-            found = file.size
+            if not self._undo.knows(name):
+                self._declare(name, mark)
             file.go_on(mark.end, self._blocks.pop(name, None))
-            if found == mark.end or self._is_known(file):
+            if self._is_known(file):
                 return file
-            return self._candidate(directory, base, header, digest, compress)
-        if file.size and not self._is_adoptable(file, header):
+            return self._candidate(directory, base, header, digest, make)
+        if file.size and not (self._adopts and file.is_adoptable(header)):
             self._drop(file)
             return None
         if file.size:
@@ -226,7 +237,7 @@ class DataFiles:
         self._declare(file.name, self._marks[file.name])
 
     def _open_file(
-        self, path: Path, name: str, digest: int, compress: Compressor | None, owner: int = 0
+        self, path: Path, name: str, digest: int, make: MakeFile, owner: int = 0
     ) -> DataFile | None:
         self._make_room()
         is_new = not path.exists()
@@ -244,14 +255,20 @@ class DataFiles:
                 message = f"{name}: {e.strerror}"
                 raise PathRefusedError(message) from e
             raise
-        size = self._storage.size(fd)
-        file = DataFile(path, name, fd, size=size, header=digest, owner=owner, compress=compress)
+        file = make(path, name, fd, self._storage, size=self._storage.size(fd), header=digest, owner=owner)
         self._clock += 1
-        file.last_used = self._clock
+        file.is_checked, file.last_used = True, self._clock
         self._open[name] = file
         if is_new:
             self._new_directories.add(path.parent)
         return file
+
+    def _flush(self, files: Sequence[DataFile]) -> None:
+        for file in files:
+            file.stage(self._undo)
+        self._undo.sync()
+        for file in files:
+            file.flush()
 
     def _make_room(self) -> None:
         """Close files, those used longest ago first, also in the middle of a commit: made durable before."""
@@ -259,14 +276,12 @@ class DataFiles:
         idle.sort(key=lambda file: file.last_used)
         for file in idle[: max(len(self._open) + 1 - OPEN_FILES_MAX, 0)]:
             if file.is_dirty:
-                file.flush(self._storage)
+                self._flush([file])
                 self._storage.fdatasync(file.fd)
                 self._mark(file)
             self._drop(file)
 
-    def _own(
-        self, directory: Path, base: str, digest: int, compress: Compressor | None, owner: int
-    ) -> DataFile:
+    def _own(self, directory: Path, base: str, digest: int, make: MakeFile, owner: int) -> DataFile:
         """Return the file of one stream: the one that it has, or one that will replace what is there."""
         path = directory / base
         name = str(path.relative_to(self._out_dir))
@@ -280,12 +295,12 @@ class DataFiles:
             raise PathRefusedError(message)
         mark = self._marks.get(name)
         if mark is not None and mark.owner == owner and mark.header == digest and path.exists():
-            found = self._open_file(path, name, digest, compress, owner)
-            if found is not None and found.size == mark.end and self._holds(found.fd, mark):
+            found = self._open_file(path, name, digest, make, owner)
+            if found is not None and found.size == mark.end and holds(self._storage, found.fd, mark):
                 return found
             if found is not None:
                 self._drop(found)
-        file = self._open_file(directory / f".{base}.new", name, digest, compress, owner)
+        file = self._open_file(directory / f".{base}.new", name, digest, make, owner)
         if file is None:
             message = f"{name} is being replaced by another process"
             raise StoreError(message)
@@ -299,21 +314,14 @@ class DataFiles:
         if not self._storage.is_at(file.fd, file.path):
             self._log.warning("file.moved", path=file.name, committed_bytes=file.size)
             self._forget(file.name)
-        elif (found := self._storage.size(file.fd)) > file.size:
-            self._seal(file.name, f"someone else appended {found - file.size} bytes")
-        elif found < file.size:
-            self._quarantine(file.name, file.path, file.size, found)
+        elif (found := self._storage.size(file.fd)) > file.disk_end:
+            self._seal(file.name, f"someone else appended {found - file.disk_end} bytes")
+        elif found < file.disk_end:
+            self._quarantine(file.name, file.path, file.disk_end, found)
         else:
             return True
         self._drop(file)
         return False
-
-    def _is_adoptable(self, file: DataFile, header: bytes) -> bool:
-        """Tell whether a file without a mark can be continued: the same first line, and a whole last one."""
-        if not header or not self._adopts:
-            return self._adopts
-        first = self._storage.pread(file.fd, len(header), 0)
-        return first == header and self._storage.pread(file.fd, 1, file.size - 1) == b"\n"
 
     def _cut(self, name: str, path: Path, mark: FileMark, *, is_clean: bool) -> None:
         try:
@@ -323,7 +331,7 @@ class DataFiles:
             return
         try:
             size = self._storage.size(fd)
-            if is_clean or not self._holds(fd, mark):
+            if is_clean or not holds(self._storage, fd, mark):
                 self._seal(name, f"someone else changed it, {size - mark.end} bytes are not ours")
                 return
             self._storage.truncate(fd, mark.end)
@@ -335,24 +343,18 @@ class DataFiles:
         """A replacing file may have its name without a record: its stream comes again, and replaces it."""
         fd = self._storage.open(path, write=True)
         try:
-            if self._storage.size(fd) >= mark.end and self._holds(fd, mark):
+            if self._storage.size(fd) >= mark.end and holds(self._storage, fd, mark):
                 self._storage.truncate(fd, mark.end)
             else:
                 self._forget(name)
         finally:
             self._storage.close(fd)
 
-    def _holds(self, fd: int, mark: FileMark) -> bool:
-        if mark.start == mark.end:
-            return True
-        digest = xxhash.xxh3_64()
-        for at in range(mark.start, mark.end, _CHECK_BYTES):
-            digest.update(self._storage.pread(fd, min(_CHECK_BYTES, mark.end - at), at))
-        return digest.intdigest() == mark.digest
-
     def _mark(self, file: DataFile) -> None:
-        mark, self._grown[file.name] = file.mark()
+        mark, held = file.mark()
         self._marks[file.name] = self._changes[file.name] = mark
+        if held is not None:
+            self._grown[file.name] = held
 
     def _seal(self, name: str, reason: str) -> None:
         mark = self._marks.get(name, FileMark(0))._replace(sealed=True)
@@ -370,19 +372,16 @@ class DataFiles:
 
     def _quarantine(self, name: str, path: Path, expected: int, found: int) -> None:
         self._forget(name)
-        for number in range(1, _NUMBERS_MAX):
-            aside = path.with_name(f"{path.name}.{number}.bad")
-            if not aside.exists():
-                self._storage.rename(path, aside)
-                self._new_directories.add(path.parent)
-                self._log.error(
-                    "file.shortened",
-                    path=name,
-                    lost_bytes=expected - found,
-                    first_lost_byte=found,
-                    moved_to=aside.name,
-                )
-                return
+        aside = unused(path, ".bad")
+        self._storage.rename(path, aside)
+        self._new_directories.add(path.parent)
+        self._log.error(
+            "file.shortened",
+            path=name,
+            lost_bytes=expected - found,
+            first_lost_byte=found,
+            moved_to=aside.name,
+        )
 
     def _drop(self, file: DataFile) -> None:
         file.is_gone, file.is_checked = True, False
@@ -396,5 +395,6 @@ class DataFiles:
 
     def _close_file(self, file: DataFile) -> None:
         if file.fd >= 0:
+            file.let_go()
             self._storage.close(file.fd)
             file.fd = -1

@@ -24,12 +24,13 @@ from edgedaq.storage import Storage
 
 from edgedaq_aggregator.stores.backend import Recovered, Refusal
 from edgedaq_aggregator.stores.commits import Change, CommitLog
-from edgedaq_aggregator.stores.data_file import Buffer, Compressor, DataFile
+from edgedaq_aggregator.stores.data_file import DataFile, FileUnusableError, MakeFile
 from edgedaq_aggregator.stores.data_files import DataFiles
 from edgedaq_aggregator.stores.file_names import PathRefusedError
 from edgedaq_aggregator.stores.marks import MARKS_HEADER, Mark, mark_line, marks_file
 from edgedaq_aggregator.stores.streams import REFUSED, redirected_to, redirection, reopened
 from edgedaq_aggregator.stores.tables import by_time, each_or_refused
+from edgedaq_aggregator.stores.undo_log import UndoLog
 
 __all__ = ["Encoder", "FileBackend", "FileFormat", "FileOptions", "Piece"]
 
@@ -41,7 +42,7 @@ _NS_PER_MINUTE = 60_000_000_000
 class FileOptions:
     """Where rows go: what the options of every file format come down to.
 
-    ``suffix`` ends the name, ``compress`` makes one compressed frame per commit. ``rotate_bytes`` and
+    ``suffix`` ends the name, ``make`` makes the file that rows are appended to. ``rotate_bytes`` and
     ``rotate_ns`` say when rows go on in the next file, 0 for never.
     """
 
@@ -49,7 +50,7 @@ class FileOptions:
     add_date: bool = False
     overwrite: bool = False
     suffix: str = ""
-    compress: Compressor | None = None
+    make: MakeFile = DataFile
     rotate_bytes: int = 0
     rotate_ns: int = 0
 
@@ -68,10 +69,13 @@ class FileOptions:
 
 
 class Piece(NamedTuple):
-    """Bytes to append to a file that begins with ``header`` (empty: nothing)."""
+    """What to append to a file that begins with ``header`` (empty: nothing).
+
+    That is bytes, or what the stream's ``make`` takes. Pieces with other headers go to other files.
+    """
 
     header: bytes
-    buffers: Sequence[Buffer]
+    buffers: Sequence[Any]
 
 
 class Encoder(Protocol):
@@ -100,6 +104,9 @@ class FileFormat(Protocol):
 
     def encoder(self, info: OpenInfo) -> Encoder:
         """Return what encodes a stream."""
+
+
+_Encode = Callable[[Sequence[Frame]], list[tuple[Sequence[Frame], list[Piece]]]]
 
 
 @dataclass(slots=True)
@@ -136,8 +143,11 @@ class FileBackend:
         state = commits.state
         if commits.damage:
             self._log.error("commits.damaged", reason=commits.damage, path=str(self._state_dir))
-        files = DataFiles(self._out_dir, dict(state.files), self._storage, commits.declare)
+        undo = UndoLog(self._state_dir, self._storage, state.files)
+        files = DataFiles(self._out_dir, dict(state.files), self._storage, commits.declare, undo)
         self._recovered = commits, files
+        if not commits.damage:
+            undo.restore(self._out_dir)
         files.recover(is_clean=state.clean, is_damaged=bool(commits.damage))
         table = reopened(state, self.open, self._log)
         return Recovered(table, state.position)
@@ -166,12 +176,12 @@ class FileBackend:
         if held.options.period_ns:
             groups = by_time(frames, held.info.t_open_ns, held.options.period_ns)
         for period, group in groups:
-            for taken, pieces in each_or_refused(_pieces_by(held.encoder), group, refused):
+            for taken, pieces in each_or_refused(self._encoded(stream, held, period), group, refused):
                 for piece in pieces:
                     file = self._append(stream, held, period, piece)
                 if pieces:
                     rows = sum(frame.rows for frame in taken)
-                    file.block.tell(stream, taken[0].seq, taken[-1].seq, rows)
+                    file.tell(stream, taken[0].seq, taken[-1].seq, rows)
                     file.is_full = 0 < held.options.rotate_bytes <= file.length
         return refused
 
@@ -183,7 +193,7 @@ class FileBackend:
         except PathRefusedError as e:
             raise StoreError(str(e)) from e
         buffers = [mark_line(mark)]
-        file.append([MARKS_HEADER, *buffers] if file.is_empty else buffers, self._storage)
+        file.append([MARKS_HEADER, *buffers] if file.is_empty else buffers)
 
     def end(self, stream: int) -> None:
         """See ``Backend``."""
@@ -248,16 +258,41 @@ class FileBackend:
         mark = redirection(stream, info, reason, path, self._log)
         if not self._files.is_recorded(info.node, path):
             self.write_mark(mark)
-        return FileOptions(path)
+        return self._format.options({"file_path": path})
+
+    def _encoded(self, stream: int, held: _Stream, period: int) -> _Encode:
+        """Return what encodes frames, tells whether there is a file for them, and says which they were."""
+
+        def encode(frames: Sequence[Frame]) -> list[tuple[Sequence[Frame], list[Piece]]]:
+            pieces = held.encoder.encode(frames)
+            for piece in pieces:
+                self._prepared(stream, held, period, piece)
+            return [(frames, pieces)]
+
+        return encode
 
     def _append(self, stream: int, held: _Stream, period: int, piece: Piece) -> DataFile:
+        file = self._prepared(stream, held, period, piece)
+        if piece.header and file.is_empty:
+            file.begin(piece.header)
+        file.append(piece.buffers)
+        return file
+
+    def _prepared(self, stream: int, held: _Stream, period: int, piece: Piece) -> DataFile:
+        """Return the file that a piece goes to.
+
+        Raises:
+            WireError: There can be none.
+        """
         file = held.files.get((period, piece.header))
         if file is None or not self._files.is_usable(file):
             file = self._locate(stream, held, period, piece.header)
             held.files[period, piece.header] = file
-        if piece.header and file.is_empty:
-            file.append([piece.header], self._storage)
-        file.append(piece.buffers, self._storage)
+        try:
+            file.prepare(piece.buffers)
+        except FileUnusableError as e:
+            self._files.leave(file, str(e))
+            return self._prepared(stream, held, period, piece)
         return file
 
     def _locate(self, stream: int, held: _Stream, period: int, header: bytes) -> DataFile:
@@ -271,7 +306,7 @@ class FileBackend:
                 date=options.prefix(period),
                 suffix=options.suffix,
                 header=header,
-                compress=options.compress,
+                make=options.make,
                 owner=stream if options.overwrite else 0,
                 is_rotated=options.rotate_bytes > 0,
             )
@@ -280,8 +315,3 @@ class FileBackend:
                 raise StoreError(str(e)) from e
             held.options = self._refused(stream, held.info, str(e))
             return self._locate(stream, held, -1, header)
-
-
-def _pieces_by(encoder: Encoder) -> Callable[[Sequence[Frame]], list[tuple[Sequence[Frame], list[Piece]]]]:
-    """Return what encodes frames, and says of which frames the pieces are."""
-    return lambda frames: [(frames, encoder.encode(frames))]

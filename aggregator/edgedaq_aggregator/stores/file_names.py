@@ -9,6 +9,7 @@ Parent directories are made. A symbolic link below ``out_dir`` is never followed
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +17,7 @@ from edgedaq.errors import ConfigError
 from edgedaq.names import check_name
 from edgedaq.store_config import check_file_path
 
-__all__ = ["PathRefusedError", "numbered", "resolve"]
+__all__ = ["PathRefusedError", "numbered", "resolve", "unused"]
 
 _MARKS = re.compile(r"_marks(\.[a-z0-9]+)*\.csv\Z")
 
@@ -70,3 +71,9 @@ def numbered(base: str, number: int, suffix: str) -> str:
     found = re.match(r"(.+)(\.[^.]+)\Z", stem)
     name = f"{found[1]}.{number}{found[2]}" if found else f"{stem}.{number}"
     return name + suffix
+
+
+def unused(path: Path, suffix: str) -> Path:
+    """Return the first of ``<path>.1<suffix>``, ``<path>.2<suffix>``, ... that is not there."""
+    names = (path.with_name(f"{path.name}.{number}{suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())

@@ -47,6 +47,7 @@ from edgedaq_aggregator.stores.marks import MARKS_HEADER, Mark, mark_line, marks
 from edgedaq_aggregator.stores.parquet_parts import SUFFIX, Dataset, Part, hidden
 from edgedaq_aggregator.stores.streams import REFUSED, redirected_to, redirection, reopened
 from edgedaq_aggregator.stores.tables import TableDecoder, by_time, each_or_refused
+from edgedaq_aggregator.stores.undo_log import UndoLog
 
 __all__ = ["DAQJobStoreParquet", "ParquetBackend"]
 
@@ -95,9 +96,10 @@ class ParquetBackend:
         self.close()
         commits = self._commits = CommitLog(self._state_dir, KEY, self._storage)
         state = commits.state
+        undo = UndoLog(self._state_dir, self._storage, state.files)  # of no file: marks are appended
         own = marks_file(KEY)
         marks = {name: mark for name, mark in state.files.items() if name.endswith(own)}
-        self._marks = DataFiles(self._out_dir, marks, self._storage, commits.declare)
+        self._marks = DataFiles(self._out_dir, marks, self._storage, commits.declare, undo)
         self._marks.recover(is_clean=state.clean, is_damaged=bool(commits.damage))
         for name, mark in state.files.items():
             if name not in marks:
@@ -138,7 +140,7 @@ class ParquetBackend:
         except PathRefusedError as e:
             raise StoreError(str(e)) from e
         line = mark_line(mark)
-        file.append([MARKS_HEADER, line] if file.is_empty else [line], self._storage)
+        file.append([MARKS_HEADER, line] if file.is_empty else [line])
 
     def end(self, stream: int) -> None:
         """See ``Backend``."""

@@ -15,6 +15,7 @@ from edgedaq.errors import ConfigError, WireError
 from edgedaq.frame import Frame
 from edgedaq.open_info import OpenInfo
 
+from edgedaq_aggregator.stores.data_file import DataFile
 from edgedaq_aggregator.stores.file_backend import FileFormat
 from edgedaq_aggregator.stores.ranges import Block
 from edgedaq_aggregator.stores.tables import units_of
@@ -87,8 +88,8 @@ def _units_of(
         options = file_format.options(info.store_config.get(file_format.key))
     except ConfigError:
         return None
-    if options.compress is not None:
-        return None
+    if options.make is not DataFile:
+        return None  # the bytes of its rows are not in it as they are
     encoder = file_format.encoder(info)
     found: list[tuple[_Unit, int]] = []
     for unit in units_of(frames):

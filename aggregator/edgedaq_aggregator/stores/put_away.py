@@ -16,11 +16,11 @@ from edgedaq.errors import StoreError
 from edgedaq.storage import OsStorage
 
 from edgedaq_aggregator.stores.commits import read_commits
+from edgedaq_aggregator.stores.file_names import unused
 from edgedaq_aggregator.stores.reader import StorePlace
+from edgedaq_aggregator.stores.undo_log import UndoLog
 
 __all__ = ["put_away", "put_files_away"]
-
-_NUMBERS_MAX = 10_000
 
 
 def put_files_away(place: StorePlace) -> list[Path]:
@@ -29,7 +29,7 @@ def put_files_away(place: StorePlace) -> list[Path]:
     Raises:
         StoreError: The store runs, or something cannot be renamed.
     """
-    return _put_away(place, list(read_commits(place.state_dir, OsStorage())[0].files))
+    return _put_away(place, has_files=True)
 
 
 def put_away(place: StorePlace) -> None:
@@ -38,10 +38,10 @@ def put_away(place: StorePlace) -> None:
     Raises:
         StoreError: The store runs, or they cannot be renamed.
     """
-    _put_away(place, [])
+    _put_away(place, has_files=False)
 
 
-def _put_away(place: StorePlace, names: list[str]) -> list[Path]:
+def _put_away(place: StorePlace, *, has_files: bool) -> list[Path]:
     storage = OsStorage()
     if not place.state_dir.is_dir():
         return []
@@ -52,16 +52,19 @@ def _put_away(place: StorePlace, names: list[str]) -> list[Path]:
         raise StoreError(message) from e
     moved: list[Path] = []
     try:
-        for name in names:
+        committed, damage = read_commits(place.state_dir, storage)
+        if not damage:
+            UndoLog(place.state_dir, storage, committed.files).restore(place.out_dir)
+        for name in committed.files if has_files else ():
             path = place.out_dir / name
             if path.is_file() and not path.is_symlink():
-                target = _unused(path, ".old")
+                target = unused(path, ".old")
                 storage.rename(path, target)
                 storage.sync_directory(path.parent)
                 moved.append(target)
         old = place.state_dir.parents[1] / "put_away"
         old.mkdir(exist_ok=True)
-        storage.rename(place.state_dir, _unused(old / place.name, ""))
+        storage.rename(place.state_dir, unused(old / place.name, ""))
         storage.sync_directory(old)
         storage.sync_directory(place.state_dir.parent)
     except OSError as e:
@@ -70,12 +73,3 @@ def _put_away(place: StorePlace, names: list[str]) -> list[Path]:
     finally:
         storage.close(lock)
     return moved
-
-
-def _unused(path: Path, suffix: str) -> Path:
-    for number in range(1, _NUMBERS_MAX):
-        found = path.with_name(f"{path.name}.{number}{suffix}")
-        if not found.exists():
-            return found
-    message = f"{path}: all of {_NUMBERS_MAX} names are taken"
-    raise StoreError(message)
