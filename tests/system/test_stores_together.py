@@ -8,16 +8,23 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import h5py
 import pyarrow.dataset
 import pytest
+import uproot
 
 from tests.system.harness import Site, kill_seed
 from tests.system.payload import COLUMNS
 
-STORES = {"sqlite": "DAQJobStoreSQLite", "parquet": "DAQJobStoreParquet"}
+STORES = {
+    "sqlite": "DAQJobStoreSQLite",
+    "parquet": "DAQJobStoreParquet",
+    "root": "DAQJobStoreROOT",
+    "hdf5": "DAQJobStoreHDF5",
+}
 MORE = "".join(f'[store_config.{key}]\nfile_path = "table.{key}"\n' for key in STORES)
 BATCH = 50
-KILLS = 12
+KILLS = 18
 
 pytestmark = [pytest.mark.kills, pytest.mark.timeout(300)]
 
@@ -39,7 +46,18 @@ def parquet_rows(site: Site) -> list[Row]:
     return list(zip(*(table[name].to_pylist() for name in COLUMNS), strict=True))
 
 
-def test_csv_sqlite_and_parquet_hold_the_same_rows_whoever_is_killed(tmp_path: Path, runtime_dir: Path):
+def root_rows(site: Site) -> list[Row]:
+    with uproot.open(site.node_dir / "table.root", handler=uproot.source.file.MemmapSource) as file:
+        columns = file["tree"].arrays(library="np")
+        return list(zip(*(columns[name].tolist() for name in COLUMNS), strict=True))
+
+
+def hdf5_rows(site: Site) -> list[Row]:
+    with h5py.File(site.node_dir / "table.hdf5") as file:
+        return [tuple(row) for row in file["data"][:][list(COLUMNS)].tolist()]
+
+
+def test_all_stores_of_files_hold_the_same_rows_whoever_is_killed(tmp_path: Path, runtime_dir: Path):
     source = random.Random(kill_seed())
     with Site(tmp_path, runtime_dir) as site:
         for key, job_type in STORES.items():
@@ -50,11 +68,11 @@ def test_csv_sqlite_and_parquet_hold_the_same_rows_whoever_is_killed(tmp_path: P
         site.wait_put("table", 1000)
         for number in range(KILLS):
             site.wait_put("table", source.randrange(1, 5000))
-            if number % 4 == 3:
+            if number % 6 == 5:
                 site.aggregator.kill_all()
                 site.aggregator.start()
             else:
-                victim = ("csv", "sqlite", "parquet")[number % 3]
+                victim = ("csv", *STORES)[number % 6]
                 site.aggregator.wait_replaced(victim, site.aggregator.kill_worker(victim))
         ledger = site.deliver_rest()
         verdict = site.judge_table(batch_count=BATCH)
@@ -64,3 +82,5 @@ def test_csv_sqlite_and_parquet_hold_the_same_rows_whoever_is_killed(tmp_path: P
     assert len(rows) == verdict.stored_count
     assert sqlite_rows(site) == rows
     assert parquet_rows(site) == rows
+    assert root_rows(site) == rows
+    assert hdf5_rows(site) == rows
