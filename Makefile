@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## aggregator and agent on this machine, SECONDS=20 (0: until Ctrl-C), files under OUT=out
 	$(BIN)/edgedaq-aggregator demo --seconds '$(SECONDS)' --out '$(OUT)'
 
-servers: ## install MariaDB and Redis, which the tests start for themselves, where they are missing
+servers: ## install MariaDB, Redis and what boots machines with systemd, which the tests start, where they are missing
 	@scripts/install_servers.sh
 
 test: $(STAMP) servers ## everything that proves it works; the tests that kill processes run last and alone

@@ -1,10 +1,22 @@
 #!/bin/sh
-# Installs the servers that the tests start for themselves: MariaDB and Redis. Quick when they are there.
+# Installs what the tests start for themselves: MariaDB, Redis, and machines with systemd. Quick when it is there.
 set -eu
 PATH="$PATH:/usr/sbin:/usr/local/sbin"
 missing=""
-command -v mariadbd >/dev/null || command -v mysqld >/dev/null || missing="$missing mariadb-server"
-command -v redis-server >/dev/null || command -v valkey-server >/dev/null || missing="$missing redis-server"
+need() { # PACKAGE PROGRAM...
+    package=$1
+    shift
+    for program in "$@"; do
+        if command -v "$program" >/dev/null; then return; fi
+    done
+    missing="$missing $package"
+}
+need mariadb-server mariadbd mysqld
+need redis-server redis-server valkey-server
+need systemd systemd-analyze
+need systemd-container systemd-nspawn
+need debootstrap debootstrap
+need iproute2 ip
 [ -n "$missing" ] || exit 0
 install="apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends$missing"
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
