@@ -6,9 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# make demo: how long (0: until Ctrl-C) and where the files land.
+# make demo: how long (0: until Ctrl-C), where the files land, and in which stores (all, or a list).
 SECONDS ?= 20
 OUT ?= out
+STORES ?= csv,raw
 # make bench: how often each measurement is repeated; the table shows the median.
 REPEATS ?= 5
 
@@ -29,8 +30,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[agent,aggregator,test]'
 	touch $(STAMP)
 
-demo: $(STAMP) ## aggregator and agent on this machine, SECONDS=20 (0: until Ctrl-C), files under OUT=out
-	$(BIN)/edgedaq-aggregator demo --seconds '$(SECONDS)' --out '$(OUT)'
+demo: $(STAMP) ## aggregator and agent on this machine, SECONDS=20 (0: until Ctrl-C), files under OUT=out, STORES=all
+	$(BIN)/edgedaq-aggregator demo --seconds '$(SECONDS)' --out '$(OUT)' --stores '$(STORES)'
 
 servers: ## install MariaDB, Redis and what boots machines with systemd, which the tests start, where they are missing
 	@scripts/install_servers.sh

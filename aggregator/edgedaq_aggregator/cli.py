@@ -25,6 +25,7 @@ from edgedaq.tail import add_tail, run_tail
 
 from edgedaq_aggregator import app, service
 from edgedaq_aggregator.demo import run_demo
+from edgedaq_aggregator.demo_configs import chosen_stores
 from edgedaq_aggregator.forget import forget
 from edgedaq_aggregator.ledger import format_ledger, read_ledger
 from edgedaq_aggregator.node_commands import add_invite, invite, revoke, show_nodes
@@ -51,6 +52,7 @@ examples:
                                                                     wait no longer for a store that is gone
   edgedaq-aggregator standalone --config-dir my_project --out data  jobs and stores on one machine
   edgedaq-aggregator demo       --out out --seconds 20              see it work, without any hardware
+  edgedaq-aggregator demo       --out out --stores all              the same, in every store there is
 
 exit status: 0; 78 if a configuration must be edited; 1 for everything else
 """
@@ -122,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="(%(default)s)")
             command.add_argument(
                 "--seconds", type=float, default=20.0, help="how long; 0: until Ctrl-C (%(default)s)"
+            )
+            command.add_argument(
+                "--stores", default="csv,raw", metavar="LIST", help="e.g. csv,sqlite; or all (%(default)s)"
             )
     add_install(commands, app.ROLE, _install)
     return parser
@@ -204,7 +209,7 @@ def _standalone(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    return run_demo(options.out, options.seconds)
+    return run_demo(options.out, options.seconds, chosen_stores(options.stores))
 
 
 def _tail(options: argparse.Namespace) -> int:

@@ -3,43 +3,47 @@
 What it leaves in the directory that it is given::
 
     OUT/stats.csv, stats_remote.csv
-    OUT/demo-node/                    CSV files of PC metrics, test rows and detector events; raw waveforms
+    OUT/demo-node/                    PC metrics, test rows, detector events, temperatures; raw waveforms
     OUT/.demo/aggregator, agent       the directories of TOMLs that were run, and a log of each
-    OUT/.state/aggregator, agent      journal, spool, commit records: what a second run continues from
+    OUT/.demo/mysql, redis            its own servers, for stores that need them and are wanted
+    OUT/.state                        journal, commit records, spool: what a second run goes on from
 
 It ends as an experiment should: first the agent (everything put is sent, or in its spool), then, when all
 of that is stored, the aggregator; then the ledger is read from the files alone. Ctrl-C ends it in the same
 way, at once. The demo's own processes never outlive it: each wait has a limit, after which they are killed;
-if the demo itself is killed, they see the end of their lifelines and stop in order.
+if the demo itself is killed, they see the end of their lifelines and stop in order, and the kernel ends the
+servers. All of them hold ``OUT/.demo/lock``, so that a second demo waits until the last of the first is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from edgedaq.clock import mono_ns
 from edgedaq.control import ControlError, request
+from edgedaq.errors import ConfigError, StoreError
 from edgedaq.runtime_dir import default_runtime_dir
 from edgedaq.tables import LiveTable, format_status, summary_line
 
+from edgedaq_aggregator.demo_configs import check_stores, write_configs
+from edgedaq_aggregator.demo_servers import SERVERS, DemoServer, needed
 from edgedaq_aggregator.ledger import format_ledger, read_ledger
 
-__all__ = ["NODE", "DemoProcess", "run_demo", "write_configs"]
+__all__ = ["DemoProcess", "run_demo"]
 
-NODE = "demo-node"
-"""The demo's node; its files are under ``OUT/demo-node``."""
-
-START_LIMIT_S = 20.0
+START_LIMIT_S = 40.0
 STOP_LIMIT_S = 15.0
+LOCK_LIMIT_S = 15.0
 STORE_LIMIT_S = 20.0
 _POLL_S = 0.1
 _SHOW_S = 0.5
@@ -47,59 +51,15 @@ _LOG_LINES = 15
 _REPORT_AGE_NS = 1_000_000_000
 """What intake and stores say of themselves may be so old when their report is made."""
 
-_AGGREGATOR = {
-    "aggregator.toml": """\
-supervisor_id = "demo-aggregator"
-listen = "tcp://127.0.0.1:{port}"
-out_dir = "../.."
-state_dir = "../../.state/aggregator"
-""",
-    "store_csv.toml": 'daq_job_type = "DAQJobStoreCSV"\n',
-    "store_raw.toml": 'daq_job_type = "DAQJobStoreRaw"\n',
-}
-_AGENT = {
-    "agent.toml": """\
-supervisor_id = "demo-node"
-aggregator = "tcp://127.0.0.1:{port}"
-state_dir = "../../.state/agent"
-""",
-    "pc_metrics.toml": """\
-daq_job_type = "DAQJobPCMetrics"
-interval_seconds = 0.5
-
-[store_config.csv]
-file_path = "pc_metrics.csv"
-add_date = true
-""",
-    "test.toml": """\
-daq_job_type = "DAQJobTest"
-rand_min = 1
-rand_max = 100
-interval_seconds = "10 ms"
-
-[store_config.csv]
-file_path = "test.csv"
-add_date = true
-""",
-    "detector.toml": """\
-daq_job_type = "DAQJobSimulatedDetector"
-rate_hz = 50.0
-
-[store_config.csv]
-file_path = "events.csv"
-add_date = true
-
-[waveform_store_config.raw]
-file_path = "waveforms.bin"
-add_date = true
-""",
-}
-
 
 class DemoProcess:
-    """One of the demo's two commands. A context manager: leaving it ends the process."""
+    """One of the demo's two commands. A context manager: leaving it ends the process.
 
-    def __init__(self, module: str, role: str, config_dir: Path) -> None:
+    Args:
+        lock_fd: A lock that it holds for as long as it lives.
+    """
+
+    def __init__(self, module: str, role: str, config_dir: Path, lock_fd: int) -> None:
         self.role = role
         self.log_path = config_dir.with_suffix(".log")
         self._runtime_dir = default_runtime_dir(config_dir, role)
@@ -110,7 +70,7 @@ class DemoProcess:
                     *(sys.executable, "-m", module, "run"),
                     *("--config-dir", str(config_dir), "--lifeline-fd", str(theirs)),
                 ],
-                pass_fds=(theirs,),
+                pass_fds=(theirs, lock_fd),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -153,50 +113,110 @@ class DemoProcess:
         return ""
 
 
-def run_demo(out_dir: Path, seconds: float, stream: TextIO = sys.stdout) -> int:
+def run_demo(out_dir: Path, seconds: float, stores: Sequence[str], stream: TextIO = sys.stdout) -> int:
     """Run the demo; in the main thread, because Ctrl-C and SIGTERM are its end.
 
     Args:
         out_dir: Made if it is not there; a second run continues the files of the first.
         seconds: How long to take data; 0 until Ctrl-C.
+        stores: Their keys, as ``chosen_stores`` returns them.
         stream: Where the live table and the ledger are written.
 
     Returns:
         0 when both sides ran and the ledger balances, else 1.
+
+    Raises:
+        ConfigError: Another demo runs there, or none of the stores can be had.
     """
     out_dir = out_dir.resolve()
-    aggregator_dir, agent_dir = write_configs(out_dir, _free_port())
-    _say(stream, f"writing to {out_dir}; Ctrl-C ends")
+    state_dir = out_dir / ".state"
+    notes = [f"writing to {out_dir}; Ctrl-C ends"]
     problems: list[str] = []
-    with _stop_requests() as stops:
-        with DemoProcess("edgedaq_aggregator.cli", "aggregator", aggregator_dir) as aggregator:
-            if _is_ready(aggregator, stops, problems):
-                with DemoProcess("edgedaq_agent.cli", "agent", agent_dir) as agent:
-                    if _is_ready(agent, stops, problems):
-                        _watch(aggregator, agent, seconds, stops, LiveTable(stream), problems)
-                    _say(stream, "the agent ends: what it has put is sent, or spooled")
-                _say(stream, "the aggregator ends once everything is stored")
-                _wait_until_stored(aggregator)
-        rows = read_ledger(out_dir / ".state" / "aggregator")
-        _say(stream, "", format_ledger(rows))
-        if not all(row.balances for row in rows):
-            problems.append("the ledger does not balance")
-        elif not rows and not stops:
-            problems.append("nothing was stored")
+    _say(stream, *notes)
+    with _stop_requests() as stops, _only_demo(out_dir, stops) as lock_fd, contextlib.ExitStack() as servers:
+        sockets, left_out = _start_servers(out_dir, stores, lock_fd, stops, servers, stream)
+        if stops:
+            return 0
+        notes += left_out
+        taken = check_stores([key for key in stores if key not in SERVERS or key in sockets])
+        earlier = {row.stream for row in read_ledger(state_dir)}
+        directories = write_configs(out_dir, _free_port(), taken, sockets)
+        _run_both(directories, lock_fd, seconds, stops, _View(stream, notes), problems)
+        rows = read_ledger(state_dir)
+    new_count = sum(row.stream not in earlier for row in rows)
+    _say(stream, "", format_ledger(rows, limit=max(new_count, 1)))
+    if not all(row.balances for row in rows):
+        problems.append("the ledger does not balance")
+    elif not rows and not stops:
+        problems.append("nothing was stored")
+    if stream.isatty():
+        _say(stream, *left_out)  # the live table has covered them
     _say(stream, *problems)
     return 1 if problems else 0
 
 
-def write_configs(out_dir: Path, port: int) -> tuple[Path, Path]:
-    """Write the directories of TOMLs below ``out_dir``; return the aggregator's and the agent's."""
-    directories = []
-    for name, files in (("aggregator", _AGGREGATOR), ("agent", _AGENT)):
-        directory = out_dir / ".demo" / name
-        directory.mkdir(parents=True, exist_ok=True)
-        for file, text in files.items():
-            (directory / file).write_text(text.replace("{port}", str(port)), encoding="utf-8")
-        directories.append(directory)
-    return directories[0], directories[1]
+def _start_servers(
+    out_dir: Path,
+    stores: Sequence[str],
+    lock_fd: int,
+    stops: list[int],
+    servers: contextlib.ExitStack,
+    stream: TextIO,
+) -> tuple[dict[str, Path], list[str]]:
+    """Start the servers that stores need; return the sockets of those that run, and why others do not."""
+    sockets: dict[str, Path] = {}
+    left_out: list[str] = []
+    for key in SERVERS:
+        if key not in stores or stops:
+            continue
+        directory = out_dir / ".demo" / key
+        reason = needed(key)
+        if not reason:
+            _say(stream, f"{key} gets a server of its own, in {directory}")
+            try:
+                server = DemoServer(key, directory, lock_fd, lambda: stops)
+            except StoreError as e:
+                reason = str(e)
+            else:
+                sockets[key] = servers.enter_context(server).socket
+        if reason and not stops:
+            left_out.append(f"{key} is left out: {reason}")
+            _say(stream, left_out[-1])
+    return sockets, left_out
+
+
+class _View:
+    """What the user sees: notes that stay, under them the status of both sides."""
+
+    def __init__(self, stream: TextIO, notes: Sequence[str]) -> None:
+        self.stream = stream
+        self._notes = "\n".join(notes)
+        self._live = LiveTable(stream)
+
+    def show(self, statuses: Sequence[dict[str, Any]]) -> None:
+        """Draw it anew."""
+        self._live.show(
+            "\n\n".join([self._notes, *map(format_status, statuses)]), "; ".join(map(summary_line, statuses))
+        )
+
+
+def _run_both(
+    directories: tuple[Path, Path],
+    lock_fd: int,
+    seconds: float,
+    stops: list[int],
+    view: _View,
+    problems: list[str],
+) -> None:
+    """Run the aggregator and, while it does, the agent; end them in order."""
+    with DemoProcess("edgedaq_aggregator.cli", "aggregator", directories[0], lock_fd) as aggregator:
+        if _is_ready(aggregator, stops, problems):
+            with DemoProcess("edgedaq_agent.cli", "agent", directories[1], lock_fd) as agent:
+                if _is_ready(agent, stops, problems):
+                    _watch(aggregator, agent, seconds, stops, view, problems)
+                _say(view.stream, "the agent ends: what it has put is sent, or spooled")
+            _say(view.stream, "the aggregator ends once everything is stored")
+            _wait_until_stored(aggregator)
 
 
 def _is_ready(process: DemoProcess, stops: list[int], problems: list[str]) -> bool:
@@ -219,17 +239,13 @@ def _watch(
     agent: DemoProcess,
     seconds: float,
     stops: list[int],
-    live: LiveTable,
+    view: _View,
     problems: list[str],
 ) -> None:
     """Show both sides until the time is over, a stop is asked for, or one of them has ended."""
     deadline = time.monotonic() + seconds if seconds else float("inf")
     while time.monotonic() < deadline and not stops:
-        statuses = [status for process in (agent, aggregator) if (status := process.status()) is not None]
-        live.show(
-            "\n\n".join(format_status(status) for status in statuses),
-            "; ".join(summary_line(status) for status in statuses),
-        )
+        view.show([status for process in (agent, aggregator) if (status := process.status()) is not None])
         for process in (agent, aggregator):
             if not process.is_running:
                 problems.append(
@@ -257,6 +273,29 @@ def _is_all_stored(status: dict[str, Any], since_ns: int) -> bool:
     reports = [job["total"] for job in status["jobs"] if job["group"] in ("intake", "store")]
     is_new = all(report is not None and report["t_mono_ns"] > since_ns for report in reports)
     return is_new and not status["statistics"]["nodes"][-1]["waiting_count"]
+
+
+@contextlib.contextmanager
+def _only_demo(out_dir: Path, stops: list[int]) -> Iterator[int]:
+    """Yield a lock that says that a demo runs in a directory; wait for what ends there, or a request to stop.
+
+    Raises:
+        ConfigError: Another one runs there.
+    """
+    path = out_dir / ".demo" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as lock:
+        deadline = time.monotonic() + LOCK_LIMIT_S
+        while not stops:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as e:
+                if time.monotonic() > deadline:
+                    message = f"another demo runs in {out_dir}: end it, or give another directory"
+                    raise ConfigError(message) from e
+            time.sleep(_POLL_S)
+        yield lock.fileno()
 
 
 def _free_port() -> int:

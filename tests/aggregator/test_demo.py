@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
+from edgedaq.errors import ConfigError
 from edgedaq.worker_process import worker_environment
-from edgedaq_aggregator.demo import NODE, write_configs
+from edgedaq_aggregator.demo_configs import NODE, chosen_stores, write_configs
+from edgedaq_aggregator.demo_servers import needed
 from edgedaq_aggregator.ledger import read_ledger
 from edgedaq_aggregator.stats_columns import JOB_COLUMNS, NODE_COLUMNS
 
@@ -119,7 +122,7 @@ def test_a_demo_and_one_that_is_interrupted_leave_continued_files_statistics_and
     check_files(out, 2)
     for path, content in first.items():
         assert path.read_bytes().startswith(content)
-    ledger = read_ledger(out / ".state" / "aggregator")
+    ledger = read_ledger(out / ".state")
     assert ledger
     assert all(row.balances and row.closed and row.waiting == 0 for row in ledger)
 
@@ -151,7 +154,39 @@ def test_a_demo_that_is_killed_leaves_no_process_behind_and_nothing_half_done(tm
 
 
 def test_the_demos_configurations_meet_each_other(tmp_path):
-    aggregator, agent = write_configs(tmp_path, 7123)
+    aggregator, agent = write_configs(tmp_path, 7123, ("csv", "raw"), {})
     assert "tcp://127.0.0.1:7123" in (aggregator / "aggregator.toml").read_text()
     assert "tcp://127.0.0.1:7123" in (agent / "agent.toml").read_text()
     assert io.StringIO((agent / "agent.toml").read_text()).readline() == f'supervisor_id = "{NODE}"\n'
+
+
+def test_a_store_that_is_wanted_no_more_is_taken_out_of_both_directories(tmp_path):
+    write_configs(tmp_path, 7123, ("csv", "raw", "redis"), {"redis": tmp_path / 'a "quoted" place'})
+    aggregator, agent = write_configs(tmp_path, 7123, ("sqlite",), {})
+    assert [path.name for path in aggregator.glob("store_*")] == ["store_sqlite.toml"]
+    for path in agent.glob("*.toml"):
+        assert not re.search(r"store_config\.(csv|raw|redis)", path.read_text()), path
+
+
+def test_stores_are_named_in_any_order_and_all_is_every_one():
+    assert chosen_stores(" raw, csv,csv") == ("csv", "raw")
+    assert {"csv", "raw", "sqlite", "parquet", "mysql", "redis"} <= set(chosen_stores("all"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cvs,raw", "did you mean 'csv'"),
+        ("raw", "one for tables"),
+        ("", "stores must be of"),
+        ("csv,", "got ''"),
+    ],
+)
+def test_a_list_of_stores_that_cannot_be_is_refused_with_what_can(text, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        chosen_stores(text)
+
+
+@pytest.mark.parametrize(("key", "package"), [("mysql", "mariadb-server"), ("redis", "redis-server")])
+def test_a_server_that_is_not_installed_is_told_with_the_command_that_installs_it(tmp_path, key, package):
+    assert f"sudo apt install {package}" in needed(key, str(tmp_path))

@@ -10,9 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 
-from tests.system.harness import environment
+from tests.system.harness import ROOT, environment
+
+BLUE = (0x1F / 255, 0x77 / 255, 0xB4 / 255)
+RED = (0xD6 / 255, 0x27 / 255, 0x28 / 255)
 
 STATS = (
     "supervisor,daq_job,is_alive,last_message_in_date,message_in_count,last_message_out_date,message_out_count,"
@@ -55,6 +59,20 @@ def dated(folder: Path, name: str) -> list[Path]:
     return sorted(folder.glob(f"????-??-??_{name}"))
 
 
+def plot(out: Path, pictures: Path) -> None:
+    """Run the script of the documentation, and look at what it has drawn."""
+    script = [sys.executable, str(ROOT / "docs" / "plots.py"), str(out), str(pictures)]
+    done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, colours in (("pulse", [BLUE]), ("temperature", [BLUE, RED])):
+        path = pictures / f"{name}.png"
+        assert path.stat().st_size < 60_000
+        pixels = matplotlib.image.imread(path)[:, :, :3]
+        for colour in colours:
+            drawn = (abs(pixels - colour).max(axis=2) < 0.05).any(axis=0)
+            assert drawn.mean() > 0.5, f"a curve across {path}"
+
+
 def test_a_demo_and_a_second_one_leave_whole_files_and_a_ledger_that_balances(tmp_path: Path):
     out = tmp_path / "out"
     for lives_count in (1, 2):
@@ -69,6 +87,7 @@ def test_a_demo_and_a_second_one_leave_whole_files_and_a_ledger_that_balances(tm
             assert end - begin > 50
         assert dated(folder, "pc_metrics.csv")
         assert dated(folder, "waveforms.bin")[0].stat().st_size > 0
+        plot(out, tmp_path / "pictures")
     with (out / "stats.csv").open(newline="", encoding="utf-8") as file:
         jobs = list(csv.reader(file))
     assert ",".join(jobs[0]) == STATS
