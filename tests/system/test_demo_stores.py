@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -13,10 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import psutil
+import pyarrow.dataset
 import pymysql
 import pytest
 import redis
+import uproot
 from edgedaq_aggregator.demo_configs import NODE, chosen_stores
 from edgedaq_aggregator.demo_servers import DemoServer
 from edgedaq_aggregator.ledger import LedgerRow, read_ledger
@@ -113,6 +118,26 @@ def served(out: Path) -> dict[str, list[int]]:
     return found
 
 
+def filed(out: Path) -> dict[str, list[int]]:
+    """Return the numbers of the test job in the files of other stores, as their own libraries read them."""
+    found: dict[str, list[int]] = {}
+    for path in sorted((out / NODE).iterdir()):
+        if path.name.endswith("_demo.sqlite"):
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                rows = connection.execute("SELECT sequence FROM test ORDER BY rowid").fetchall()
+            found.setdefault("sqlite", []).extend(row[0] for row in rows)
+        elif path.name.endswith("_test.parquet"):
+            table = pyarrow.dataset.dataset(path).to_table(columns=["sequence"])
+            found.setdefault("parquet", []).extend(table.column("sequence").to_numpy().tolist())
+        elif path.name.endswith("_test.h5"):
+            with h5py.File(path) as file:
+                found.setdefault("hdf5", []).extend(file["data"]["sequence"].tolist())
+        elif path.name.endswith("_test.root"):
+            with uproot.open(path) as file:
+                found.setdefault("root", []).extend(file["tree"]["sequence"].array(library="np").tolist())
+    return found
+
+
 def check_ledger(out: Path, stores: set[str], runs: int) -> list[LedgerRow]:
     """Check that each table is whole in each of the stores, once per run."""
     rows = read_ledger(out / ".state")
@@ -140,6 +165,7 @@ def test_every_store_holds_every_row_and_a_second_demo_continues_each_of_them(ho
         written = numbers(out)
         assert written.count(0) == runs
         assert served(out) == {"mysql": written, "redis": written}
+        assert filed(out) == dict.fromkeys(stores - {"csv", "raw", "mysql", "redis"}, written)
     stored = open_out(out)
     for store in set(stored.stores.values()) - {"raw"}:
         assert stored.read(store=store, job="test").column("sequence").to_pylist() == written
@@ -168,13 +194,13 @@ def test_a_demo_that_is_killed_takes_its_servers_along_and_the_next_one_has_ever
 
 
 @pytest.mark.usefixtures("_servers")
-def test_ctrl_c_while_the_servers_are_made_leaves_nothing_half_made(home: Path):
+def test_a_demo_that_ends_while_its_servers_are_made_leaves_nothing_half_made(home: Path):
     out = home / "out"
-    for _ in range(2):
+    for number in (signal.SIGINT, signal.SIGKILL):
         demo = Demo(out, 0, "all")
         demo.wait_said("mysql gets a server")
-        os.kill(demo.process.pid, signal.SIGINT)
-        demo.finish()
+        demo.process.send_signal(number)
+        assert demo.process.wait(LIMIT_S) in (0, -signal.SIGKILL)
         assert "left out" not in demo.said
     Demo(out, 1, "mysql").finish()
     check_ledger(out, {"mysql"}, 1)
