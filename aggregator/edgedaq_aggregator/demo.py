@@ -43,7 +43,7 @@ __all__ = ["DemoProcess", "run_demo"]
 
 START_LIMIT_S = 40.0
 STOP_LIMIT_S = 15.0
-LOCK_LIMIT_S = 15.0
+LOCK_LIMIT_S = 30.0
 STORE_LIMIT_S = 20.0
 _POLL_S = 0.1
 _SHOW_S = 0.5
