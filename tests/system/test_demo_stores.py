@@ -140,7 +140,7 @@ def filed(out: Path) -> dict[str, list[int]]:
             with h5py.File(path) as file:
                 found.setdefault("hdf5", []).extend(file["data"]["sequence"].tolist())
         elif path.name.endswith("_test.root"):
-            with uproot.open(path) as file:
+            with path.open("rb") as opened, uproot.open(opened) as file:
                 found.setdefault("root", []).extend(file["tree"]["sequence"].array(library="np").tolist())
     return found
 
