@@ -191,7 +191,8 @@ def _with_ledger(status: dict[str, Any]) -> dict[str, Any]:
 def _verify(options: argparse.Namespace) -> int:
     report = verify(find_stored(options.directory))
     say(format_report(report))
-    return 0 if report.is_proven or (options.moved_ok and not report.problems) else 1
+    is_content = report.is_proven or (options.moved_ok and not report.problems and not report.silent)
+    return 0 if is_content else 1
 
 
 def _restore(options: argparse.Namespace) -> int:

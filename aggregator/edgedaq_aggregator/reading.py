@@ -149,7 +149,7 @@ class Out:
         if not tables:
             return pa.table({})
         try:
-            table = pa.concat_tables(tables, promote_options="permissive")
+            table = pa.concat_tables(_widened(tables), promote_options="permissive")
         except pa.ArrowException as e:
             message = f"the columns of these streams do not fit together, read them one by one: {e}"
             raise StoreError(message) from e
@@ -218,6 +218,22 @@ class Out:
         keys = {one.store: self.stores[one.store] for one in found}
         best = min(keys, key=lambda name: (_rank(keys[name], _FIRST_CHOICE), name))
         return [one for one in found if one.store == best]
+
+
+def _widened(tables: list[pa.Table]) -> list[pa.Table]:
+    """Return tables whose columns are text where that of some table is: it became so while the job ran."""
+    kinds: dict[str, set[Any]] = {}
+    for table in tables:
+        for field in table.schema:
+            kinds.setdefault(field.name, set()).add(field.type)
+    texts = {name for name, held in kinds.items() if len(held) > 1 and pa.string() in held}
+    if not texts:
+        return tables
+    found = []
+    for table in tables:
+        fields = [pa.field(f.name, pa.string()) if f.name in texts else f for f in table.schema]
+        found.append(table.cast(pa.schema(fields)))
+    return found
 
 
 def _rank(key: str, order: Collection[str]) -> int:

@@ -15,7 +15,7 @@ Nothing is changed. The first problem of the report is the first discrepancy.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +56,8 @@ class Report:
         problems: Discrepancies, by store; empty: nothing was refuted.
         notes: What could not be checked.
         away_rows: Rows in files that are not there.
+        counted_rows: Rows of which only that they are there is known: the journal no longer has them.
+        silent: Stores that could not be asked, and why.
         lines: One per store: what was read.
     """
 
@@ -63,12 +65,14 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     away_rows: int = 0
+    counted_rows: int = 0
+    silent: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
     @property
     def is_proven(self) -> bool:
-        """Nothing is wrong, and nothing is missing."""
-        return not self.problems and not self.away_rows
+        """Every store was asked, nothing is wrong, and nothing is missing."""
+        return not (self.problems or self.away_rows or self.silent)
 
 
 def verify(stored: Stored) -> Report:
@@ -86,7 +90,7 @@ def verify(stored: Stored) -> Report:
     produced = journal.replay(replays)
     accounts = {name: StoreAccounts(key, reader.table) for name, (key, reader) in stored.readers.items()}
     report = Report(ledger_of(produced, accounts))
-    report.notes += [f"{name}: {reason}" for name, reason in stored.silent.items()]
+    report.silent.update(stored.silent)
     for row in report.rows:
         if not row.balances:
             off = row.produced - row.stored - row.waiting - row.dropped
@@ -107,19 +111,23 @@ def verify(stored: Stored) -> Report:
 def format_report(report: Report) -> str:
     """Return a report as text; its last line is the verdict."""
     lines = [format_ledger(report.rows), *report.lines, *(f"note: {note}" for note in report.notes)]
+    lines += [f"not asked: {name}: {reason}" for name, reason in report.silent.items()]
     shown = report.problems[:_SHOWN_MAX]
     lines += [f"wrong: {where}: {place}: {what}" for where, place, what in shown]
     if len(report.problems) > len(shown):
         lines.append(f"and {len(report.problems) - len(shown)} more")
     sums = [sum(row[at] for row in report.rows) for at in (6, 7, 8, 9)]  # type: ignore[misc]
     account = "produced {} = stored {} + waiting {} + dropped {}".format(*sums)
+    if report.counted_rows:
+        account += f"; of {report.counted_rows} rows only that they are there"
+    missing = [f"{', '.join(report.silent)} could not be asked"] if report.silent else []
+    if report.away_rows:
+        missing.append(f"{report.away_rows} rows are in files that are not here")
     if report.problems:
         where, place, what = report.problems[0]
         lines.append(f"verify: REFUTED, first by {where}: {place}: {what}")
-    elif report.away_rows:
-        lines.append(
-            f"verify: not refuted, but {report.away_rows} rows are in files that are not here; {account}"
-        )
+    elif missing:
+        lines.append(f"verify: not refuted, but {' and '.join(missing)}; {account}")
     else:
         lines.append(f"verify: proven, {account}")
     return "\n".join(lines)
@@ -150,7 +158,7 @@ class _Journal:
         return table
 
     def take(self, wanted: Mapping[int, tuple[int, int]]) -> dict[int, list[Frame]]:
-        """Return the data frames of streams between two seqs, both included; see ``TakeFrames``."""
+        """See ``Retained``."""
         frames: dict[int, list[Frame]] = {stream: [] for stream in wanted}
         for _, found in self._entries():
             if isinstance(found, Frame) and found.stream in wanted and found.kind in DATA_KINDS:
@@ -159,6 +167,19 @@ class _Journal:
                 if first <= found.seq <= last and (not held or held[-1].seq < found.seq):
                     held.append(found)
         return frames
+
+    def follow(self, streams: Collection[int]) -> Iterator[Frame]:
+        """See ``Retained``."""
+        reached: dict[int, int] = {}
+        for _, found in self._entries():
+            if (
+                isinstance(found, Frame)
+                and found.stream in streams
+                and found.kind in DATA_KINDS
+                and found.seq > reached.get(found.stream, -1)
+            ):
+                reached[found.stream] = found.seq
+                yield found
 
     def _entries(self) -> Iterator[tuple[int, Frame | Hole | StreamTable]]:
         """Yield the account at the begin, then what follows, each with its position.
@@ -224,13 +245,16 @@ def _hole_problem(directory: Path, hole: Hole) -> Problem:
 
 def _check_store(name: str, reader: StoreReader, replay: _Waiting, journal: _Journal, report: Report) -> None:
     try:
-        found = reader.check(journal.take)
+        found = reader.check(journal)
     except (StoreError, OSError) as e:
-        report.notes.append(f"{name}: cannot be read: {e}")
+        report.silent[name] = f"cannot be read: {e}"
         return
     report.problems += found.problems
     report.notes += found.notes
     report.away_rows += sum(found.away.values())
+    report.counted_rows += found.counted
+    if found.unasked:
+        report.silent[name] = "; ".join(found.unasked)
     there = sum(found.rows.values())
     report.lines.append(f"{name}: {found.read_bytes} bytes read again, {there} rows are as they were stored")
     accounts = [*reader.table.tombstones.values(), *reader.table.streams.values()]

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgedaq.segment_file import list_segments
 from edgedaq.segment_format import Record
 from edgedaq.segment_reader import SegmentReader
 from edgedaq.segments import SegmentLog
-from edgedaq.storage import OsStorage
+from edgedaq.storage import OsStorage, Storage
+from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.csv import CsvFormat
 from edgedaq_aggregator.stores.engine import StoreEngine
-from edgedaq_aggregator.stores.file_backend import FileBackend, FileFormat
+from edgedaq_aggregator.stores.file_backend import FileBackend
+from edgedaq_aggregator.stores.parquet import ParquetBackend
 from edgedaq_aggregator.stores.raw import RawFormat
+from edgedaq_aggregator.stores.sqlite import SqliteBackend
 
 from tests.contract.store_feed import Feed
 
-FORMATS: dict[str, Callable[[], FileFormat]] = {"csv": CsvFormat, "raw": RawFormat}
+MakeBackend = Callable[[Path, Path, Storage], Backend]
+
+BACKENDS: dict[str, MakeBackend] = {
+    "csv": lambda *place: FileBackend(CsvFormat(), *place),
+    "raw": lambda *place: FileBackend(RawFormat(), *place),
+    "parquet": ParquetBackend,
+    "sqlite": SqliteBackend,
+}
 
 
 class StoredFeed:
-    """``out_dir`` with ``.state`` within."""
+    """``out_dir`` with ``.state`` within.
 
-    def __init__(self, out_dir: Path) -> None:
+    Args:
+        servers: What makes the backends of stores with a server behind.
+    """
+
+    def __init__(self, out_dir: Path, servers: Mapping[str, MakeBackend] | None = None) -> None:
+        self._backends = {**BACKENDS, **(servers or {})}
         self.out_dir = out_dir
         self.state_dir = out_dir / ".state"
         self._journaled = 0
@@ -41,7 +56,7 @@ class StoredFeed:
         """Let a store take what is journaled and new to it, up to so many records of it."""
         journal = self.state_dir / "journal"
         own = self.state_dir / "stores" / f"store_{key}"
-        backend = FileBackend(FORMATS[key](), own, self.out_dir, OsStorage())
+        backend = self._backends[key](own, self.out_dir, OsStorage())
         try:
             engine = StoreEngine(key, backend, lambda _: None)
             begin = engine.position
@@ -57,5 +72,6 @@ class StoredFeed:
                 engine.commit()()
                 engine.committed_now()
             engine.commit(is_clean=True)()
+            engine.committed_now()
         finally:
             backend.close()

@@ -67,6 +67,9 @@ class MySQLContract(ColumnStoreContract):
             timeout=self.timeout_s,
         )
 
+    def reader_config(self, base):
+        return self.store_config(base)
+
     def make_backend(self, base, storage):  # noqa: ARG002 -- it has no files
         name = self.database(base)
         if name not in self.databases:

@@ -68,6 +68,9 @@ class RedisContract(ColumnStoreContract):
             timeout=self.timeout_s,
         )
 
+    def reader_config(self, base):
+        return self.store_config(base)
+
     def make_backend(self, base, storage):  # noqa: ARG002 -- it has no files
         return ServerBackend(RedisBackendServer(self.store_config(base)), base / "state", Suspects())
 

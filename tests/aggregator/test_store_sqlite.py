@@ -23,7 +23,7 @@ from tests.contract.file_contract import FileStoreContract
 from tests.contract.store_feed import DAY_NS, NODE, T0_NS, Feed
 from tests.contract.store_under_test import wait_for
 
-OWN = ("edgedaq_marks", "edgedaq_columns", "edgedaq_watermarks")
+OWN = ("edgedaq_marks", "edgedaq_columns", "edgedaq_watermarks", "edgedaq_runs")
 
 
 class TestStoreSQLite(FileStoreContract, ColumnStoreContract):

@@ -37,6 +37,7 @@ from edgedaq_aggregator.stores.csv_tables import parse_lines
 from edgedaq_aggregator.stores.data_file import DataFile
 from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
 from edgedaq_aggregator.stores.file_reader import FileReader
+from edgedaq_aggregator.stores.places import find_place
 from edgedaq_aggregator.stores.put_away import put_files_away
 from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
 from edgedaq_aggregator.stores.tables import TableDecoder, dumped
@@ -205,4 +206,4 @@ class DAQJobStoreCSV(DAQJobStore):
 
 def make_reader(place: StorePlace) -> StoreReader:
     """Return what reads a CSV store back."""
-    return FileReader(place, CsvFormat(), parse_lines)
+    return FileReader(place, "csv", parse_lines, functools.partial(find_place, CsvFormat(), has_lines=True))

@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pc
-from edgedaq.batch import MESSAGE_COLUMN, arrow_schema
 from edgedaq.errors import StoreError, WireError
 from edgedaq.open_info import OpenInfo
 
+from edgedaq_aggregator.stores.column_types import column_types
 from edgedaq_aggregator.stores.ranges import Block
 
 __all__ = ["parse_lines"]
@@ -31,7 +31,7 @@ def parse_lines(info: OpenInfo, block: Block, data: bytes) -> Any:
         StoreError: They are not lines of that table.
     """
     try:
-        types = _types(info)
+        types = column_types(info)
         if block.file.endswith(".zst"):
             with pa.input_stream(io.BytesIO(data), compression="zstd") as stream:
                 data = stream.read()
@@ -39,14 +39,6 @@ def parse_lines(info: OpenInfo, block: Block, data: bytes) -> Any:
     except (pa.ArrowException, WireError, ValueError) as e:
         message = f"{block.file}: bytes {block.start} to {block.end} cannot be read as CSV: {e}"
         raise StoreError(message) from e
-
-
-def _types(info: OpenInfo) -> dict[str, Any]:
-    if info.form == "raw":
-        return {MESSAGE_COLUMN: pa.binary()}
-    if info.form == "event":
-        return {"metadata": pa.string(), "payload": pa.binary()}
-    return {field.name: field.type for field in arrow_schema(info)}
 
 
 def _texts(names: list[str], data: bytes, *, has_header: bool) -> Any:

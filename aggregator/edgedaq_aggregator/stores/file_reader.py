@@ -10,28 +10,33 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from edgedaq.delivery import StreamTable
-from edgedaq.errors import StoreError, WireError
-from edgedaq.frame import decode
-from edgedaq.open_info import OpenInfo, decode_open
+from edgedaq.errors import StoreError
+from edgedaq.frame import Frame
+from edgedaq.open_info import OpenInfo
 from edgedaq.storage import OsStorage, Storage
 
-from edgedaq_aggregator.stores.commits import CommitState, FileMark, read_commits
-from edgedaq_aggregator.stores.file_backend import FileFormat
+from edgedaq_aggregator.stores.commits import FileMark, read_commits
+from edgedaq_aggregator.stores.compared import accounts_of, info_of, sum_marks
 from edgedaq_aggregator.stores.marks import marks_file
-from edgedaq_aggregator.stores.places import find_place
 from edgedaq_aggregator.stores.ranges import Block, BlockStreams, read_ranges
-from edgedaq_aggregator.stores.reader import Checked, Part, Problem, StorePlace, TakeFrames
+from edgedaq_aggregator.stores.reader import Checked, Part, Problem, Retained, StorePlace
 
-__all__ = ["FileReader", "ParseBlock"]
+__all__ = ["FileReader", "FindPlace", "ParseBlock"]
 
 ParseBlock = Callable[[OpenInfo, Block, bytes], Any]
 """From what a stream is, its block, and the bytes of that to a ``pyarrow.Table``; raises ``StoreError``."""
+
+FindPlace = Callable[
+    [Mapping[int, OpenInfo], Mapping[int, list[Frame]], Block, bytes, Path], tuple[str, str] | None
+]
+"""From streams, what the journal has of them, their block, the bytes that are there now and their file to
+the exact place of the first discrepancy and what it is; None where that cannot be told."""
 
 _CHUNK_BYTES = 4 << 20
 _NOBODY = BlockStreams(0, {})
@@ -41,20 +46,26 @@ class FileReader:
     """A store that appends to files.
 
     Args:
+        key: Of the store.
         parse: Turns what was stored into a table again.
+        locate: Where a file is that is not at its place yet.
     """
 
     def __init__(
         self,
         place: StorePlace,
-        file_format: FileFormat,
+        key: str,
         parse: ParseBlock,
+        find: FindPlace,
         *,
+        locate: Callable[[Path], Path] = lambda path: path,
         storage: Storage | None = None,
     ) -> None:
         self._out_dir = place.out_dir
-        self._format = file_format
+        self._key = key
         self._parse = parse
+        self._find = find
+        self._locate = locate
         storage = storage or OsStorage()
         self._state, damage = read_commits(place.state_dir, storage)
         ended = read_ranges(place.state_dir, storage, self._state.ranges)
@@ -73,12 +84,12 @@ class FileReader:
         """See ``StoreReader``."""
         return self._state.table
 
-    def check(self, take_frames: TakeFrames) -> Checked:
+    def check(self, retained: Retained) -> Checked:
         """See ``StoreReader``."""
         found = Checked(is_whole=self._has_all and not self._damage)
-        found.notes += [f"{self._format.key}: its records are damaged: {text}" for text in self._damage]
+        found.notes += [f"{self._key}: its records are damaged: {text}" for text in self._damage]
         if self._state.ranges and not self._has_all:
-            found.notes.append(f"{self._format.key}: the oldest blocks are no longer recorded")
+            found.notes.append(f"{self._key}: the oldest blocks are no longer recorded")
         for name in sorted({*self._generations, *self._state.files}):
             generations = self._generations.get(name, [])
             mark = self._state.files.get(name)
@@ -87,8 +98,8 @@ class FileReader:
             for blocks in generations[:-1] if mark is not None else generations:
                 self._check_left(name, blocks, found)
             if mark is not None:
-                self._check_file(name, mark, generations[-1], found, take_frames)
-        self._sum_marks(found)
+                self._check_file(name, mark, generations[-1], found, retained)
+        sum_marks(self.marks(), found)
         return found
 
     def parts(self, streams: Collection[int]) -> Iterator[Part]:
@@ -129,7 +140,7 @@ class FileReader:
         Raises:
             StoreError: They are not what was stored.
         """
-        path = self._out_dir / block.file
+        path = self._locate(self._out_dir / block.file)
         try:
             with path.open("rb") as file:
                 file.seek(block.start)
@@ -143,7 +154,7 @@ class FileReader:
 
     def _check_left(self, name: str, blocks: list[Block], found: Checked) -> None:
         """Check a file that is no longer written to by this name: it may be anywhere."""
-        path = self._out_dir / name
+        path = self._locate(self._out_dir / name)
         if not blocks:
             return
         is_there = _find_wrong(path, blocks, found) is None
@@ -153,9 +164,9 @@ class FileReader:
             found.notes.append(f"{where} are not there: moved away, deleted or replaced")
 
     def _check_file(
-        self, name: str, mark: FileMark, blocks: list[Block], found: Checked, take_frames: TakeFrames
+        self, name: str, mark: FileMark, blocks: list[Block], found: Checked, retained: Retained
     ) -> None:
-        path = self._out_dir / name
+        path = self._locate(self._out_dir / name)
         if not path.is_file():
             if mark.end:
                 found.notes.append(f"{path}: is not there, moved away or deleted; it had {mark.end} bytes")
@@ -178,9 +189,9 @@ class FileReader:
                 found.notes.append(f"{path}: {size - mark.end} bytes behind the last commit")
             return
         _add(found.rows, [block for block in blocks if block.start < wrong.start])
-        found.problems.append(self._place(path, wrong, take_frames))
+        found.problems.append(self._place(path, wrong, retained))
 
-    def _place(self, path: Path, block: Block, take_frames: TakeFrames) -> Problem:
+    def _place(self, path: Path, block: Block, retained: Retained) -> Problem:
         """Find where in a block the file is not what was stored; as exactly as the journal allows."""
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -188,17 +199,10 @@ class FileReader:
             data = file.read(block.end - block.start)
         wanted = {stream: told[:2] for stream, told in block.held.streams.items()}
         infos = {stream: info for stream in wanted if (info := self._info(stream)) is not None}
-        place = None
         if infos and not self._is_marks(block.file):
-            frames = take_frames(wanted)
-            place = find_place(self._format, infos, frames, block, data)
-        if place is not None:
-            line = ""
-            if self._format.key == "csv":
-                with path.open("rb") as file:
-                    line = f", line {_count_lines(file, place.byte) + 1}"
-            whose = f"row {place.row} of stream {place.stream:016x} (seq {place.seq})"
-            return Problem(str(path), f"byte {place.byte}{line}", f"{whose}: {place.what}")
+            found = self._find(infos, retained.take(wanted), block, data, path)
+            if found is not None:
+                return Problem(str(path), *found)
         if size < block.end and not block.held.streams:
             return Problem(str(path), f"byte {size}", f"the file ends here, {block.end} bytes were stored")
         what = "are not those that were stored"
@@ -206,34 +210,15 @@ class FileReader:
             what += f", and the file ends at {size}"
         return Problem(str(path), f"bytes {block.start} to {block.end}", what)
 
-    def _sum_marks(self, found: Checked) -> None:
-        for mark in self.marks():
-            try:
-                stream = int(mark["stream"] or "", 16)
-                rows = int(mark["rows"]) if mark["rows"] else None
-            except (KeyError, TypeError, ValueError):
-                continue  # the file has been refuted by its digest
-            if mark["kind"] in ("close", "start", "stop", "redirected"):
-                continue
-            known = found.marked.get(stream, 0)
-            found.marked[stream] = None if rows is None or known is None else known + rows
-
     def _is_marks(self, name: str) -> bool:
-        stem = re.escape(marks_file(self._format.key).removesuffix(".csv"))
+        stem = re.escape(marks_file(self._key).removesuffix(".csv"))
         return re.fullmatch(rf"{stem}(\.\d+)?\.csv", Path(name).name) is not None
 
     def _info(self, stream: int) -> OpenInfo | None:
         if stream not in self._infos:
-            self._infos[stream] = _info_of(self._state, stream)
+            accounts = accounts_of(self._state.table)
+            self._infos[stream] = info_of(accounts.get(stream))
         return self._infos[stream]
-
-
-def _info_of(state: CommitState, stream: int) -> OpenInfo | None:
-    account = state.table.streams.get(stream) or state.table.tombstones.get(stream)
-    try:
-        return None if account is None else decode_open(decode(memoryview(account.open_raw)))
-    except WireError:
-        return None
 
 
 def _generations(blocks: list[Block]) -> dict[str, list[list[Block]]]:
@@ -270,11 +255,3 @@ def _add(rows: dict[int, int], blocks: list[Block]) -> None:
     for block in blocks:
         for stream, (_, _, count) in block.held.streams.items():
             rows[stream] = rows.get(stream, 0) + count
-
-
-def _count_lines(file: io.BufferedReader, end: int) -> int:
-    count = 0
-    while end > 0 and (data := file.read(min(end, _CHUNK_BYTES))):
-        count += data.count(b"\n")
-        end -= len(data)
-    return count

@@ -9,8 +9,10 @@ from edgedaq.errors import StoreError
 
 from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.base import DAQJobStore
+from edgedaq_aggregator.stores.mysql_reader import MySQLReader
 from edgedaq_aggregator.stores.mysql_server import MySQLServer, weakness_text
 from edgedaq_aggregator.stores.mysql_session import DAQJobStoreMySQLConfig, Session
+from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
 from edgedaq_aggregator.stores.server_backend import ServerBackend, Suspects
 
 __all__ = ["DAQJobStoreMySQL", "DAQJobStoreMySQLConfig"]
@@ -48,3 +50,8 @@ class DAQJobStoreMySQL(DAQJobStore):
     def __init__(self, config: Any, context: Any) -> None:
         super().__init__(config, context)
         self._suspects = Suspects()
+
+
+def make_reader(place: StorePlace) -> StoreReader:
+    """Return what reads a MySQL store back."""
+    return MySQLReader(place)

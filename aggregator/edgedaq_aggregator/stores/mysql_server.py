@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
-from edgedaq.delivery import TOMBSTONES_MAX
 from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.frame import Frame
 from edgedaq.logsetup import get_logger
@@ -42,11 +41,17 @@ from edgedaq_aggregator.stores.mysql_rows import (
     rows_of,
 )
 from edgedaq_aggregator.stores.mysql_session import DAQJobStoreMySQLConfig, DataError, Session, Traits
-from edgedaq_aggregator.stores.mysql_tables import COLUMNS_MAX, Tables, shape_of, table_name
+from edgedaq_aggregator.stores.mysql_tables import (
+    COLUMNS_MAX,
+    Tables,
+    committed_accounts,
+    shape_of,
+    table_name,
+)
 from edgedaq_aggregator.stores.server_backend import Load, LoadRefusedError, Work
 from edgedaq_aggregator.stores.settling import Settling
 from edgedaq_aggregator.stores.tables import TableDecoder
-from edgedaq_aggregator.stores.watermarks import table_of, watermark, watermark_state
+from edgedaq_aggregator.stores.watermarks import table_of, watermark
 
 __all__ = ["MySQLServer", "weakness_text"]
 
@@ -101,7 +106,8 @@ class MySQLServer:
         self._tables = Tables(session)
         self._tables.make_own()
         self._epoch, position = self._begin_epoch(session)
-        found = self._accounts(session)
+        found = committed_accounts(session, self._store)
+        session.rollback()
         self._known = {account.stream for account in found}
         if self._traits.weakness:
             self._log.warning("store.weak", reason=weakness_text(self._traits))
@@ -237,26 +243,6 @@ class MySQLServer:
                 session.execute(f"KILL CONNECTION {int(connection)}")
         finally:
             session.close()
-
-    def _accounts(self, session: Session) -> list[Any]:
-        """Return the accounts of open streams and of those closed last, these first."""
-        closed = session.rows(
-            "SELECT account, open FROM edgedaq_streams WHERE store = %s AND is_closed "
-            "ORDER BY position DESC LIMIT %s",
-            self._store,
-            TOMBSTONES_MAX,
-        )
-        still_open = session.rows(
-            "SELECT account, open FROM edgedaq_streams WHERE store = %s AND NOT is_closed", self._store
-        )
-        session.rollback()
-        found = []
-        for account, opened in [*reversed(closed), *still_open]:
-            try:
-                found.append(watermark_state(account, opened))
-            except WireError as e:
-                self._log.error("stream.unreadable", reason=str(e))
-        return found
 
     def _where(self, load: Load) -> tuple[str, Any]:
         payload: _Payload = load.payload

@@ -28,14 +28,25 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from edgedaq.errors import ConfigError, StoreError
+from edgedaq.delivery import TOMBSTONES_MAX, StreamState
+from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.logsetup import get_logger
 from edgedaq.store_config import DAQJobStoreConfigMySQL, check_table_name
 
 from edgedaq_aggregator.stores.cells import CellKind, cell_kind
 from edgedaq_aggregator.stores.mysql_session import Session
+from edgedaq_aggregator.stores.watermarks import watermark_state
 
-__all__ = ["COLUMNS_MAX", "OWN_TABLES", "Shape", "Tables", "quoted", "shape_of", "table_name"]
+__all__ = [
+    "COLUMNS_MAX",
+    "OWN_TABLES",
+    "Shape",
+    "Tables",
+    "committed_accounts",
+    "quoted",
+    "shape_of",
+    "table_name",
+]
 
 COLUMNS_MAX = 1000
 """InnoDB has 1017; of numbers, a row of 8126 bytes comes first."""
@@ -144,6 +155,26 @@ def shape_of(schema: pa.Schema, units: dict[str, str]) -> Shape:
         f"{f.name}: {f.type}{' ' if units.get(f.name) else ''}{units.get(f.name, '')}" for f in schema
     )
     return Shape(tuple(names), types, comments)
+
+
+def committed_accounts(session: Session, store: str) -> list[StreamState]:
+    """Return the accounts of a store's open streams and of those closed last, these first."""
+    closed = session.rows(
+        "SELECT account, open FROM edgedaq_streams WHERE store = %s AND is_closed "
+        "ORDER BY position DESC LIMIT %s",
+        store,
+        TOMBSTONES_MAX,
+    )
+    still_open = session.rows(
+        "SELECT account, open FROM edgedaq_streams WHERE store = %s AND NOT is_closed", store
+    )
+    found = []
+    for account, opened in [*reversed(closed), *still_open]:
+        try:
+            found.append(watermark_state(account, opened))
+        except WireError as e:
+            get_logger().error("stream.unreadable", store="mysql", reason=str(e))
+    return found
 
 
 class Tables:

@@ -11,14 +11,14 @@ journal waits no longer. Values are those of Arrow, nothing is converted.
     commit       parts complete ─► fdatasync ─► directories ─► commit record ─► rename
     recover      rename what the last record names, and drop what no record does
 
-Files in the commit record: ``end`` and ``digest`` of the whole part, ``sealed`` once its name is durable. A
-directory in it is a dataset that is left alone. Marks go to ``_marks.parquet.csv``, in the same commit.
+Files in the commit record: ``end`` and ``digest`` of the whole part, which is a block, ``sealed`` once its
+name is durable. A directory in it is a dataset that is left alone. Marks go to ``_marks.parquet.csv``, in
+the same commit.
 """
 
 from __future__ import annotations
 
 import errno
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +26,9 @@ from typing import Annotated, Any
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 from edgedaq.clock import utc_date
 from edgedaq.config import Bytes, DAQJobConfig, Seconds
-from edgedaq.errors import ConfigError, StoreError, WireError
+from edgedaq.errors import ConfigError, StoreError
 from edgedaq.frame import Frame
 from edgedaq.logsetup import get_logger
 from edgedaq.open_info import OpenInfo
@@ -42,11 +41,15 @@ from edgedaq_aggregator.stores.commits import Change, CommitLog, FileMark
 from edgedaq_aggregator.stores.data_file import DataFile
 from edgedaq_aggregator.stores.data_files import DataFiles
 from edgedaq_aggregator.stores.file_names import PathRefusedError, numbered, resolve
+from edgedaq_aggregator.stores.file_reader import FileReader
 from edgedaq_aggregator.stores.loop import Cadence
 from edgedaq_aggregator.stores.marks import MARKS_HEADER, Mark, mark_line, marks_file
+from edgedaq_aggregator.stores.parquet_batches import BatchEncoder
 from edgedaq_aggregator.stores.parquet_parts import SUFFIX, Dataset, Part, hidden
+from edgedaq_aggregator.stores.parquet_reader import find_row, located, parse_part
+from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
 from edgedaq_aggregator.stores.streams import REFUSED, redirected_to, redirection, reopened
-from edgedaq_aggregator.stores.tables import TableDecoder, by_time, each_or_refused
+from edgedaq_aggregator.stores.tables import by_time, each_or_refused
 from edgedaq_aggregator.stores.undo_log import UndoLog
 
 __all__ = ["DAQJobStoreParquet", "ParquetBackend"]
@@ -62,7 +65,7 @@ _NS_PER_DAY = 86_400_000_000_000
 class _Stream:
     info: OpenInfo
     options: DAQJobStoreConfigParquet
-    encoder: _Encoder
+    encoder: BatchEncoder
     datasets: dict[tuple[int, pa.Schema], Dataset] = field(default_factory=dict)
 
 
@@ -112,7 +115,7 @@ class ParquetBackend:
 
     def open(self, stream: int, info: OpenInfo) -> None:
         """See ``Backend``."""
-        encoder = _Encoder(info)
+        encoder = BatchEncoder(info)
         try:
             options = msgspec.convert(info.store_config.get(KEY), DAQJobStoreConfigParquet)
         except (msgspec.ValidationError, ConfigError) as e:
@@ -129,7 +132,7 @@ class ParquetBackend:
             groups = by_time(frames, held.info.t_open_ns, _NS_PER_DAY)
         for day, group in groups:
             for batch in each_or_refused(held.encoder.encode, group, refused):
-                self._append(stream, day, batch)
+                self._append(stream, day, batch, (group[0].seq, group[-1].seq))
         return refused
 
     def write_mark(self, mark: Mark) -> None:
@@ -154,6 +157,7 @@ class ParquetBackend:
         files, directories = self._files_of_marks.changes(change)
         change.files.update(self._changes)
         parts = [dataset.part for dataset in self._datasets.values() if dataset.part is not None]
+        change.blocks.update({part.name: part.held for part in parts})
         directories |= self._directories | {part.path.parent for part in parts}
         self._changes, self._directories = {}, set()
         for dataset in self._datasets.values():
@@ -234,7 +238,7 @@ class ParquetBackend:
             self._directories.add(path.parent)
         self._changes[name] = mark._replace(sealed=True)
 
-    def _redirect(self, stream: int, info: OpenInfo, encoder: _Encoder, reason: str) -> None:
+    def _redirect(self, stream: int, info: OpenInfo, encoder: BatchEncoder, reason: str) -> None:
         """Give a stream whose dataset cannot be had one of its own."""
         path = redirected_to(stream, KEY)
         self._streams[stream] = _Stream(info, DAQJobStoreConfigParquet(path), encoder)
@@ -242,7 +246,7 @@ class ParquetBackend:
         if f"{info.node}/{path}" not in self._newest:
             self.write_mark(mark)
 
-    def _append(self, stream: int, day: int, batch: pa.RecordBatch) -> None:
+    def _append(self, stream: int, day: int, batch: pa.RecordBatch, seqs: tuple[int, int]) -> None:
         held = self._streams[stream]
         try:
             dataset = self._dataset(held, day, batch.schema)
@@ -250,9 +254,9 @@ class ParquetBackend:
             if held.options.file_path.startswith(REFUSED):
                 raise StoreError(str(e)) from e
             self._redirect(stream, held.info, held.encoder, str(e))
-            return self._append(stream, -1, batch)
+            return self._append(stream, -1, batch, seqs)
         part = dataset.part or dataset.new_part(held.options.compression, self._storage)
-        part.append(batch)
+        part.append(batch, stream, *seqs)
         open_parts = [d.part for d in self._datasets.values() if d.part is not None]
         if sum(part.buffered_bytes for part in open_parts) > BUFFERED_BYTES_MAX:
             max(open_parts, key=lambda part: part.buffered_bytes).write_group()
@@ -323,56 +327,12 @@ class ParquetBackend:
             raise StoreError(message) from e
 
 
-class _Encoder:
-    """Turns the frames of one stream into batches that Parquet can hold."""
-
-    def __init__(self, info: OpenInfo) -> None:
-        self._decoder = TableDecoder(info)
-
-    def encode(self, frames: Sequence[Frame]) -> list[pa.RecordBatch]:
-        """Return the rows of frames in order; of RAW pieces, all of their message are there.
-
-        Raises:
-            WireError: A body is not what OPEN says, or Parquet has no form for it.
-        """
-        batches = [batch.replace_schema_metadata() for batch in self._decoder.batches(frames)]
-        for batch in batches:
-            if not all(map(_is_plain, batch.schema.types)):
-                _try(batch)
-        # A lone column may be a view of what was read from the journal, which would stay in memory with it.
-        return [b.take(pa.array(range(len(b)))) if b.num_columns == 1 else b for b in batches]
-
-
 def _with_units(schema: pa.Schema, info: OpenInfo) -> pa.Schema:
     """Return a schema whose fields tell their units, as the stream does."""
     units = {column.name: column.unit for column in info.schema.columns} if info.schema else {}
     return pa.schema([f.with_metadata({"unit": units[f.name]}) if units.get(f.name) else f for f in schema])
 
 
-def _is_plain(kind: Any) -> bool:
-    """Tell whether Parquet holds every value of a type."""
-    types = pa.types
-    if types.is_list(kind) or types.is_fixed_size_list(kind):
-        return _is_plain(kind.value_type)
-    if types.is_timestamp(kind):
-        return bool(kind.unit == "ns")
-    return kind in _PLAIN or types.is_integer(kind)
-
-
-def _try(batch: pa.RecordBatch) -> None:
-    """Write a batch to nowhere: better that it fails here, where it is refused, than in its part.
-
-    Raises:
-        WireError: It fails.
-    """
-    try:
-        pq.write_table(pa.Table.from_batches([batch]), io.BytesIO(), version="2.6")
-    except (pa.ArrowException, ValueError, TypeError, OverflowError) as e:
-        message = f"Parquet has no form for it: {e}"
-        raise WireError(message) from e
-
-
-_PLAIN = (pa.float32(), pa.float64(), pa.bool_(), pa.string(), pa.binary())
 _LEFT_ALONE = FileMark(0, sealed=True)
 _NOT_RECOVERED = "a backend must be recovered before it is used"
 
@@ -398,3 +358,8 @@ class DAQJobStoreParquet(DAQJobStore):
     def cadence(self) -> Cadence:
         """See ``DAQJobStore``."""
         return Cadence(self.config.seal_size, self.config.seal_every, at_once=False)
+
+
+def make_reader(place: StorePlace) -> StoreReader:
+    """Return what reads a Parquet store back."""
+    return FileReader(place, KEY, parse_part, find_row, locate=located)

@@ -26,6 +26,7 @@ from edgedaq.errors import StoreError
 from edgedaq.storage import Storage, write_all
 
 from edgedaq_aggregator.stores.commits import FileMark
+from edgedaq_aggregator.stores.ranges import BlockStreams, OpenBlock
 
 __all__ = ["SUFFIX", "Dataset", "Part", "hidden"]
 
@@ -50,6 +51,7 @@ class Part:
         self.path = path
         self.name = name
         self.buffered_bytes = 0
+        self._block = OpenBlock(0)
         self._schema = schema
         self._compression = compression
         self._storage = storage
@@ -57,12 +59,18 @@ class Part:
         self._sink: _Sink | None = None
         self._writer: Any = None
 
-    def append(self, batch: pa.RecordBatch) -> None:
-        """Take rows of its schema.
+    @property
+    def held(self) -> BlockStreams:
+        """Whose rows it has."""
+        return self._block.held
+
+    def append(self, batch: pa.RecordBatch, stream: int, first_seq: int, last_seq: int) -> None:
+        """Take rows of its schema, of these frames.
 
         Raises:
             OSError, StoreError: The part must be given back.
         """
+        self._block.tell(stream, first_seq, last_seq, batch.num_rows)
         self._batches.append(batch)
         self.buffered_bytes += batch.nbytes
         if self.buffered_bytes >= GROUP_BYTES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from edgedaq.errors import ConfigError, WireError
@@ -20,12 +21,13 @@ from edgedaq_aggregator.stores.file_backend import FileFormat
 from edgedaq_aggregator.stores.ranges import Block
 from edgedaq_aggregator.stores.tables import units_of
 
-__all__ = ["FoundPlace", "find_place"]
+__all__ = ["find_place"]
 
 _SHOWN_BYTES = 40
+_CHUNK_BYTES = 4 << 20
 
 
-class FoundPlace(NamedTuple):
+class _FoundPlace(NamedTuple):
     """The first byte that differs, in the file; whose row it is in, numbered from 0 as its producer did."""
 
     byte: int
@@ -47,13 +49,33 @@ def find_place(
     frames: Mapping[int, list[Frame]],
     block: Block,
     data: bytes,
-) -> FoundPlace | None:
-    """Return where the bytes of a block are wrong; None where the journal cannot tell any more.
+    path: Path,
+    *,
+    has_lines: bool = False,
+) -> tuple[str, str] | None:
+    """Return where the bytes of a block are wrong, and how; None where the journal cannot tell any more.
 
     Args:
         frames: Of the block's streams, what the journal has of what the block says it holds.
         data: What is at its place in the file now; shorter where the file ends.
+        path: The file.
+        has_lines: A line of it is a row.
     """
+    found = _find(file_format, infos, frames, block, data)
+    if found is None:
+        return None
+    whose = f"row {found.row} of stream {found.stream:016x} (seq {found.seq})"
+    line = f", line {_count_lines(path, found.byte) + 1}" if has_lines else ""
+    return f"byte {found.byte}{line}", f"{whose}: {found.what}"
+
+
+def _find(
+    file_format: FileFormat,
+    infos: Mapping[int, OpenInfo],
+    frames: Mapping[int, list[Frame]],
+    block: Block,
+    data: bytes,
+) -> _FoundPlace | None:
     waiting: dict[int, list[_Unit]] = {}
     for stream, info in infos.items():
         found = _units_of(file_format, info, frames.get(stream, []), block.file)
@@ -69,7 +91,7 @@ def find_place(
         if at == 0 and block.start == 0:
             header = next(iter(heads.values())).header
             if not data.startswith(header):
-                return FoundPlace(_common(data, header), newest, 0, 0, "the first line is another one")
+                return _FoundPlace(_common(data, header), newest, 0, 0, "the first line is another one")
             at = len(header)
         passed = next((s for s in (newest, *heads) if s in heads and _lies(data, at, heads[s].data)), None)
         if passed is None:
@@ -132,7 +154,7 @@ def _likeness(data: bytes, at: int, expected: bytes) -> int:
     return _common(data[at : at + len(expected)], expected) + (len(half) if is_there else 0)
 
 
-def _differs(block: Block, data: bytes, at: int, heads: Mapping[int, _Unit]) -> FoundPlace:
+def _differs(block: Block, data: bytes, at: int, heads: Mapping[int, _Unit]) -> _FoundPlace:
     stream = max(heads, key=lambda one: _likeness(data, at, heads[one].data))
     frame, header, expected = heads[stream]
     same = _common(data[at : at + len(expected)], expected)
@@ -141,4 +163,13 @@ def _differs(block: Block, data: bytes, at: int, heads: Mapping[int, _Unit]) -> 
     begin = max(same - 8, 0)
     was, now = expected[begin : begin + _SHOWN_BYTES], data[at + begin : at + begin + _SHOWN_BYTES]
     what = f"stored was {was!r}, found is {now!r}" if now else f"stored was {was!r}, the file ends here"
-    return FoundPlace(block.start + at + same, stream, frame.seq, frame.row0 + row, what)
+    return _FoundPlace(block.start + at + same, stream, frame.seq, frame.row0 + row, what)
+
+
+def _count_lines(path: Path, end: int) -> int:
+    count = 0
+    with path.open("rb") as file:
+        while end > 0 and (data := file.read(min(end, _CHUNK_BYTES))):
+            count += data.count(b"\n")
+            end -= len(data)
+    return count

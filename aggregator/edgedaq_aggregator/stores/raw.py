@@ -7,6 +7,7 @@ bodies are as ``frame.py`` draws them. With ``length_prefix`` each such body cou
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from edgedaq_aggregator.stores.base import DAQJobStore
 from edgedaq_aggregator.stores.data_file import Buffer
 from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
 from edgedaq_aggregator.stores.file_reader import FileReader
+from edgedaq_aggregator.stores.places import find_place
 from edgedaq_aggregator.stores.put_away import put_files_away
 from edgedaq_aggregator.stores.ranges import Block
 from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
@@ -109,7 +111,7 @@ class DAQJobStoreRaw(DAQJobStore):
 
 def make_reader(place: StorePlace) -> StoreReader:
     """Return what reads a raw store back."""
-    return FileReader(place, RawFormat(), _parse)
+    return FileReader(place, "raw", _parse, functools.partial(find_place, RawFormat()))
 
 
 def _parse(info: OpenInfo, block: Block, data: bytes) -> Any:

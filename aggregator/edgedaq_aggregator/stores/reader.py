@@ -20,10 +20,17 @@ from edgedaq.frame import Frame
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Checked", "MakeReader", "Part", "Problem", "StorePlace", "StoreReader", "TakeFrames"]
+__all__ = ["Checked", "MakeReader", "Part", "Problem", "Retained", "StorePlace", "StoreReader"]
 
-TakeFrames = Callable[[Mapping[int, tuple[int, int]]], Mapping[int, list[Frame]]]
-"""From {stream: (first seq, last seq)} to the data frames that the journal still has of them, in order."""
+
+class Retained(Protocol):
+    """The data frames that the journal still has."""
+
+    def take(self, wanted: Mapping[int, tuple[int, int]]) -> Mapping[int, list[Frame]]:
+        """Return those of {stream: (first seq, last seq)}, in order."""
+
+    def follow(self, streams: Collection[int]) -> Iterator[Frame]:
+        """Yield those of streams in the order of the journal, each once; read anew at each call."""
 
 
 class StorePlace(NamedTuple):
@@ -62,6 +69,8 @@ class Checked:
         marked: Of each stream, rows that marks say are missing; None with those of which nobody knows.
         is_whole: All rows that were ever stored were recorded, so that the sums must be those of the account.
         read_bytes: How much was read.
+        unasked: What cannot be asked, so that nothing is proven of it.
+        counted: Rows that are there, but that nothing tells the values of any more.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -71,6 +80,8 @@ class Checked:
     marked: dict[int, int | None] = field(default_factory=dict)
     is_whole: bool = True
     read_bytes: int = 0
+    unasked: list[str] = field(default_factory=list)
+    counted: int = 0
 
 
 class StoreReader(Protocol):
@@ -84,12 +95,8 @@ class StoreReader(Protocol):
     def table(self) -> StreamTable:
         """The account of each stream."""
 
-    def check(self, take_frames: TakeFrames) -> Checked:
-        """Read everything that is stored and compare it with what was committed.
-
-        Args:
-            take_frames: Gives what the journal still has, to find the exact place of a discrepancy.
-        """
+    def check(self, retained: Retained) -> Checked:
+        """Read everything that is stored and compare it with what was committed, and with the journal."""
 
     def parts(self, streams: Collection[int]) -> Iterator[Part]:
         """Yield the rows of streams, in the order in which they were stored.

@@ -9,6 +9,8 @@ from edgedaq.errors import StoreError
 
 from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.base import DAQJobStore
+from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
+from edgedaq_aggregator.stores.redis_reader import RedisReader
 from edgedaq_aggregator.stores.redis_server import RedisServer
 from edgedaq_aggregator.stores.redis_session import DAQJobStoreRedisConfig, Session
 from edgedaq_aggregator.stores.server_backend import ServerBackend, Suspects
@@ -45,3 +47,8 @@ class DAQJobStoreRedis(DAQJobStore):
     def __init__(self, config: Any, context: Any) -> None:
         super().__init__(config, context)
         self._suspects = Suspects()
+
+
+def make_reader(place: StorePlace) -> StoreReader:
+    """Return what reads a Redis store back."""
+    return RedisReader(place)

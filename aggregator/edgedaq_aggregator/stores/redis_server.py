@@ -30,11 +30,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import msgspec
 import pyarrow as pa
 from edgedaq.clock import iso_utc
-from edgedaq.delivery import TOMBSTONES_MAX, StreamState
-from edgedaq.errors import ConfigError, StoreError, WireError
+from edgedaq.delivery import TOMBSTONES_MAX
+from edgedaq.errors import StoreError
 from edgedaq.frame import Frame
 from edgedaq.logsetup import get_logger
 from edgedaq.open_info import OpenInfo
@@ -43,16 +42,15 @@ from edgedaq.store_config import DAQJobStoreConfigRedis
 from edgedaq_aggregator.stores.backend import Recovered
 from edgedaq_aggregator.stores.marks import Mark
 from edgedaq_aggregator.stores.redis_durability import Durability
+from edgedaq_aggregator.stores.redis_keys import accounts_in, marks_key, options_of, own_key, refuge_of
 from edgedaq_aggregator.stores.redis_rows import Commands, entries, packed_entry, samples, tells_time
 from edgedaq_aggregator.stores.redis_session import DAQJobStoreRedisConfig, Session
 from edgedaq_aggregator.stores.server_backend import Load, Work
 from edgedaq_aggregator.stores.tables import TableDecoder
-from edgedaq_aggregator.stores.watermarks import table_of, watermark, watermark_state
+from edgedaq_aggregator.stores.watermarks import table_of, watermark
 
 __all__ = ["RedisServer"]
 
-_MARKS = "_marks"
-_KEY_BYTES_MAX = 512
 _CHUNK = 20_000
 _TRIES = 10
 _KEYS_MAX = 999
@@ -102,7 +100,7 @@ class RedisServer:
     def connect(self, store: str) -> Recovered:
         """See ``Server``."""
         session = self._session = Session(self._config)
-        self._own_key = f".edgedaq:{store}"
+        self._own_key = own_key(store)
         persistence = session.persistence()
         if persistence.how == "none" and not self._config.accept_volatile:
             raise StoreError(persistence.doubt)
@@ -123,7 +121,7 @@ class RedisServer:
             if name.startswith("d:")
         }
         self._noted = dict(self._ahead)
-        accounts = self._accounts(found)
+        accounts = accounts_in(found)
         self._known = {account.stream for account in accounts}
         self._closed = {account.stream: None for account in accounts if account.closed}
         self._durability.note(session, position, int(session.call("TIME")[0]))
@@ -131,17 +129,7 @@ class RedisServer:
 
     def destination(self, stream: int, info: OpenInfo) -> _Destination:
         """See ``Server``."""
-        try:
-            options = msgspec.convert(info.store_config.get(self.key), DAQJobStoreConfigRedis)
-        except msgspec.ValidationError as e:
-            message = f"store_config.redis: {e}"
-            raise ConfigError(message) from e
-        if not options.key or len(options.key.encode("utf-8", "surrogatepass")) > _KEY_BYTES_MAX:
-            message = f"key must have 1 to {_KEY_BYTES_MAX} bytes, got {options.key!r}"
-            raise ConfigError(message)
-        if options.key == _MARKS or not _is_text(options.key):
-            message = f"key must be valid Unicode and not {_MARKS!r}, got {options.key!r}"
-            raise ConfigError(message)
+        options = options_of(info)
         if options.use_timeseries and not self._has_series:
             self._log.warning(
                 "series.absent", key=options.key, reason="the server has no time series; a stream is used"
@@ -150,7 +138,7 @@ class RedisServer:
 
     def refuge(self, stream: int, info: OpenInfo) -> tuple[_Destination, str]:
         """See ``Server``."""
-        options = DAQJobStoreConfigRedis(key=f"_refused:{stream:016x}")
+        options = refuge_of(stream)
         found = self._destination(stream, options, info)
         return found, found.key
 
@@ -207,16 +195,6 @@ class RedisServer:
 
     def _destination(self, stream: int, options: DAQJobStoreConfigRedis, info: OpenInfo) -> _Destination:
         return _Destination(stream, f"{info.node}:{options.key}", options, info, TableDecoder(info))
-
-    def _accounts(self, found: dict[str, bytes]) -> list[StreamState]:
-        accounts = []
-        for name, data in found.items():
-            if name.startswith("w:"):
-                try:
-                    accounts.append(watermark_state(data, found.get(f"o:{name[2:]}", b"")))
-                except WireError as e:
-                    self._log.error("stream.unreadable", stream=name[2:], reason=str(e))
-        return accounts
 
     def _has_series_for(self, destination: _Destination) -> bool:
         return destination.options.use_timeseries and self._has_series
@@ -378,7 +356,7 @@ def _mark_command(mark: Mark) -> tuple[Any, ...]:
         "reason": mark.reason.encode("utf-8", "backslashreplace"),
     }
     pairs = [item for pair in fields.items() for item in pair]
-    return ("XADD", f"{info.node}:{_MARKS}", "*", *pairs)
+    return ("XADD", marks_key(info.node), "*", *pairs)
 
 
 def _flat(replies: Iterable[Any]) -> Iterable[Any]:
@@ -387,7 +365,3 @@ def _flat(replies: Iterable[Any]) -> Iterable[Any]:
             yield from _flat(reply)
         else:
             yield reply
-
-
-def _is_text(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)

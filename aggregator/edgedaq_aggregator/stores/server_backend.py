@@ -36,7 +36,16 @@ from edgedaq_aggregator.stores.commits import LOG_NAME, Change, CommitLog
 from edgedaq_aggregator.stores.marks import Mark
 from edgedaq_aggregator.stores.tables import each_or_refused, units_of
 
-__all__ = ["Load", "LoadRefusedError", "Server", "ServerBackend", "Suspects", "Work", "store_id"]
+__all__ = [
+    "Load",
+    "LoadRefusedError",
+    "Server",
+    "ServerBackend",
+    "Suspects",
+    "Work",
+    "known_store_id",
+    "store_id",
+]
 
 _ID_NAME = "store_id"
 
@@ -282,15 +291,21 @@ class _UnsyncedStorage(OsStorage):
         """Do nothing."""
 
 
+def known_store_id(state_dir: Path) -> str:
+    """Return the id under which a server knows this store, empty before its first start."""
+    try:
+        found = (state_dir / _ID_NAME).read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return ""
+    return found if len(found) == 16 and not set(found) - set("0123456789abcdef") else ""
+
+
 def store_id(state_dir: Path) -> str:
     """Return the id under which a server knows this store: 16 hex digits, random at its first start."""
-    path = state_dir / _ID_NAME
-    try:
-        found = path.read_text(encoding="ascii").strip()
-    except FileNotFoundError:
-        found = ""
-    if len(found) == 16 and not set(found) - set("0123456789abcdef"):
+    found = known_store_id(state_dir)
+    if found:
         return found
+    path = state_dir / _ID_NAME
     state_dir.mkdir(parents=True, exist_ok=True)
     fresh = state_dir / f"{_ID_NAME}.new"
     with fresh.open("w", encoding="ascii") as file:

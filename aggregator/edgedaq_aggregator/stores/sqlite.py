@@ -22,6 +22,7 @@ Beside the tables of rows each database has::
     edgedaq_marks       time, node, job, life, stream, tag, kind, first_seq, last_seq, rows, reason
     edgedaq_columns     table_name, column_name, dtype, unit    of the first rows; dtype as in ``dtypes.py``
     edgedaq_watermarks  stream (16 hex), next_seq               what of a stream is in this database
+    edgedaq_runs        table_name, first_row, last_row, stream, first_seq, last_seq    whose rows those are
 
 One transaction of a database holds rows, marks and watermarks (``sqlite_database.py``). A commit may write
 to several databases; behind all of them the commit record says how far the journal is consumed, and after a
@@ -49,7 +50,9 @@ from edgedaq_aggregator.stores.base import DAQJobStore
 from edgedaq_aggregator.stores.commits import Change, CommitLog, FileMark
 from edgedaq_aggregator.stores.file_names import PathRefusedError, numbered, resolve
 from edgedaq_aggregator.stores.marks import Mark, mark_values
-from edgedaq_aggregator.stores.sqlite_database import Database, UnusableError
+from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
+from edgedaq_aggregator.stores.sqlite_database import Database, Load, UnusableError
+from edgedaq_aggregator.stores.sqlite_reader import SqliteReader
 from edgedaq_aggregator.stores.sqlite_rows import RowEncoder
 from edgedaq_aggregator.stores.streams import REFUSED, redirected_to, redirection, reopened
 from edgedaq_aggregator.stores.tables import by_time, each_or_refused, units_of
@@ -128,8 +131,9 @@ class SqliteBackend:
                 each_or_refused(held.encoder.encode, there, refused)
             if fresh:
                 rows = each_or_refused(held.encoder.encode, fresh, refused)
-                database.pending.rows += [(held.options.table_name, part) for part in rows]
-                database.watermarks[stream] = database.pending.watermarks[stream] = fresh[-1].seq + 1
+                name, last = held.options.table_name, fresh[-1].seq
+                database.pending.rows += [Load(name, part, stream, fresh[0].seq, last) for part in rows]
+                database.watermarks[stream] = database.pending.watermarks[stream] = last + 1
         return refused
 
     def write_mark(self, mark: Mark) -> None:
@@ -303,3 +307,8 @@ class DAQJobStoreSQLite(DAQJobStore):
     def make_backend(self, state_dir: Path, out_dir: Path) -> Backend:
         """See ``DAQJobStore``."""
         return SqliteBackend(state_dir, out_dir, OsStorage())
+
+
+def make_reader(place: StorePlace) -> StoreReader:
+    """Return what reads a SQLite store back."""
+    return SqliteReader(place)

@@ -2,7 +2,9 @@
 
 ``apply`` is one transaction: rows, marks, and per stream the watermark, the next seq that is not here yet.
 What comes again of a stream after a death is recognized by it, so a database never holds a row twice,
-whatever the commit record says. A mark that comes again is the same mark.
+whatever the commit record says. A mark that comes again is the same mark. ``edgedaq_runs`` says whose the
+rows are: those from ``first_row`` to ``last_row`` (rowids) are all that the frames from ``first_seq`` to
+``last_seq`` of a stream have in this table.
 
 WAL and ``synchronous=FULL``: readers never wait for the store nor it for them, and a commit is on the disk
 when it returns. Where the file system cannot do WAL, the rollback journal does it, more slowly.
@@ -12,17 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from edgedaq.errors import StoreError
 
 from edgedaq_aggregator.stores.marks import MARKS_COLUMNS
 from edgedaq_aggregator.stores.sqlite_rows import Rows
 
-__all__ = ["Batch", "Database", "UnusableError", "quoted"]
+__all__ = ["Batch", "Database", "Load", "UnusableError", "quoted", "row_number"]
 
 BUSY_LIMIT_S = 5.0
 """How long a reader that locks the database as a whole is waited for."""
@@ -31,6 +34,7 @@ VALUES_PER_STATEMENT = 999
 """Every SQLite takes so many; it is told no more."""
 
 _NUMBERS_MAX = 1000
+_ROW_NUMBERS = ("rowid", "_rowid_", "oid")
 _UNUSABLE = ("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_READONLY", "SQLITE_FORMAT")
 _PRAGMAS = ("PRAGMA journal_size_limit = 67108864", "PRAGMA temp_store = MEMORY")
 _SCHEMA = (
@@ -39,6 +43,8 @@ _SCHEMA = (
         ON edgedaq_marks (stream, kind, first_seq, last_seq, ifnull(rows, -1), reason)""",
     "CREATE TABLE IF NOT EXISTS edgedaq_columns (table_name TEXT, column_name TEXT, dtype TEXT, unit TEXT)",
     "CREATE TABLE IF NOT EXISTS edgedaq_watermarks (stream TEXT PRIMARY KEY, next_seq INTEGER) WITHOUT ROWID",
+    """CREATE TABLE IF NOT EXISTS edgedaq_runs (table_name TEXT, first_row INTEGER, last_row INTEGER,
+        stream TEXT, first_seq INTEGER, last_seq INTEGER)""",
 )
 
 
@@ -46,11 +52,30 @@ class UnusableError(Exception):
     """There is a file, but it is no database that rows can go to."""
 
 
+class Load(NamedTuple):
+    """Rows of frames of one stream, and the table that they go to."""
+
+    table_name: str
+    rows: Rows
+    stream: int
+    first_seq: int
+    last_seq: int
+
+
+@dataclass(slots=True)
+class _Run:
+    """The rows that came last in a table; ``rowid`` is its own in ``edgedaq_runs``."""
+
+    rowid: int
+    last_row: int
+    stream: int
+
+
 @dataclass(slots=True)
 class Batch:
     """What a transaction is to write, in order."""
 
-    rows: list[tuple[str, Rows]] = field(default_factory=list)
+    rows: list[Load] = field(default_factory=list)
     marks: list[Sequence[object]] = field(default_factory=list)
     watermarks: dict[int, int] = field(default_factory=dict)
     ended: list[int] = field(default_factory=list)
@@ -72,6 +97,7 @@ class Database:
         self.pins = 0
         """Commits under way that still write to it."""
         self._tables: dict[tuple[str, tuple[str, ...]], str] = {}
+        self._runs: dict[str, _Run] = {}
         try:
             self._connection = sqlite3.connect(
                 path, timeout=BUSY_LIMIT_S, isolation_level=None, check_same_thread=False
@@ -115,8 +141,8 @@ class Database:
             run = self._connection.execute
             run("BEGIN IMMEDIATE")
             try:
-                for table_name, rows in batch.rows:
-                    self._insert(table_name, rows)
+                for load in batch.rows:
+                    self._insert(load)
                 marks = "INSERT OR IGNORE INTO edgedaq_marks VALUES (?,?,?,?,?,?,?,?,?,?,?)"
                 self._connection.executemany(marks, batch.marks)
                 known = [(f"{stream:016x}", next_seq) for stream, next_seq in batch.watermarks.items()]
@@ -125,6 +151,7 @@ class Database:
                 self._connection.executemany("DELETE FROM edgedaq_watermarks WHERE stream = ?", ended)
                 run("COMMIT")
             except BaseException:
+                self._runs.clear()
                 if self._connection.in_transaction:
                     run("ROLLBACK")
                 raise
@@ -149,17 +176,34 @@ class Database:
         found = run("SELECT stream, next_seq FROM edgedaq_watermarks").fetchall()
         return {int(stream, 16): int(next_seq) for stream, next_seq in found}
 
-    def _insert(self, table_name: str, rows: Rows) -> None:
+    def _insert(self, load: Load) -> None:
         """Insert rows, many to a statement: twice as fast as one by one."""
-        table = self._tables.get((table_name, rows.names))
+        rows = load.rows
+        table = self._tables.get((load.table_name, rows.names))
         if table is None:
-            table = self._tables[table_name, rows.names] = self._table_for(table_name, rows)
+            table = self._tables[load.table_name, rows.names] = self._table_for(load.table_name, rows)
         width = len(rows.names)
         size = max(VALUES_PER_STATEMENT // width, 1) * width
         insert = f"INSERT INTO {quoted(table)} VALUES "  # noqa: S608 -- quoted
         row = f"({','.join('?' * width)})"
+        last_row = count = 0
         while group := tuple(islice(rows.values, size)):
-            self._connection.execute(insert + ",".join([row] * (len(group) // width)), group)
+            done = self._connection.execute(insert + ",".join([row] * (len(group) // width)), group)
+            last_row, count = done.lastrowid or 0, count + len(group) // width
+        if count:
+            self._tell(load, table, last_row - count + 1, last_row)
+
+    def _tell(self, load: Load, table: str, first_row: int, last_row: int) -> None:
+        """Write down whose rows these are."""
+        run = self._runs.get(table)
+        if run is not None and (run.stream, run.last_row + 1) == (load.stream, first_row):
+            longer = "UPDATE edgedaq_runs SET last_row = ?, last_seq = ? WHERE rowid = ?"
+            self._connection.execute(longer, (last_row, load.last_seq, run.rowid))
+            run.last_row = last_row
+            return
+        told = (table, first_row, last_row, f"{load.stream:016x}", load.first_seq, load.last_seq)
+        made = self._connection.execute("INSERT INTO edgedaq_runs VALUES (?,?,?,?,?,?)", told)
+        self._runs[table] = _Run(made.lastrowid or 0, last_row, load.stream)
 
     def _table_for(self, table_name: str, rows: Rows) -> str:
         """Return the table with these columns, made if there is none: of the name asked for, or numbered."""
@@ -196,3 +240,9 @@ class Database:
 def quoted(name: str) -> str:
     """Return a name as SQL takes it, whatever it is."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def row_number(names: Iterable[str]) -> str | None:
+    """Return what the number of a row is called in a table of these columns; None where it has no name."""
+    taken = {name.lower() for name in names}
+    return next((name for name in _ROW_NUMBERS if name not in taken), None)

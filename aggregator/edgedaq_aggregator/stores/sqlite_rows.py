@@ -15,7 +15,7 @@ from edgedaq.open_info import OpenInfo
 
 from edgedaq_aggregator.stores.tables import TableDecoder
 
-__all__ = ["COLUMNS_MAX", "RowEncoder", "Rows"]
+__all__ = ["COLUMNS_MAX", "RowEncoder", "Rows", "distinct"]
 
 COLUMNS_MAX = 2000
 """Of a table of SQLite as it is usually built."""
@@ -82,7 +82,7 @@ class RowEncoder:
             if len(names) > COLUMNS_MAX:
                 message = f"a table of SQLite has at most {COLUMNS_MAX} columns, got {len(names)}"
                 raise WireError(message)
-            found = self._names[names] = _distinct(names)
+            found = self._names[names] = distinct(names)
         return found
 
 
@@ -91,7 +91,8 @@ def _is_plain(schema: Schema) -> bool:
     return schema.is_packed and schema.is_flat and all(column.dtype != "u8" for column in schema.columns)
 
 
-def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+def distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names that SQLite tells apart."""
     taken: set[str] = set()
     found: list[str] = []
     for name in names:
