@@ -12,12 +12,14 @@ OUT ?= out
 STORES ?= csv,raw
 # make bench: how often each measurement is repeated; the table shows the median.
 REPEATS ?= 5
+# make chaos-stores: how long everything is killed at random.
+MINUTES ?= 10
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 # make bench-compare: what else a user might pick, measured in the same run.
-.PHONY: help venv demo servers test check bench bench-compare systemd clean
+.PHONY: help venv demo servers test check chaos-stores bench bench-compare systemd clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +41,9 @@ servers: ## install MariaDB, Redis and what boots machines with systemd, which t
 test: $(STAMP) servers ## everything that proves it works; the tests that kill processes run last and alone
 	$(BIN)/python -m pytest -n 2 -m 'not kills'
 	$(BIN)/python -m pytest -m kills
+
+chaos-stores: $(STAMP) servers ## one job, all eight stores, MINUTES=10 of random kills, then all hold the same
+	ALL_STORES_SECONDS=$$((60 * $(MINUTES))) $(BIN)/python -m pytest -s tests/system/test_all_stores.py
 
 check: $(STAMP) ## format, lint, types, layers, dependencies, dead code
 	$(BIN)/ruff format --check .

@@ -14,8 +14,10 @@ from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.csv import CsvFormat
 from edgedaq_aggregator.stores.engine import StoreEngine
 from edgedaq_aggregator.stores.file_backend import FileBackend
+from edgedaq_aggregator.stores.hdf5 import Hdf5Format
 from edgedaq_aggregator.stores.parquet import ParquetBackend
 from edgedaq_aggregator.stores.raw import RawFormat
+from edgedaq_aggregator.stores.root import RootFormat
 from edgedaq_aggregator.stores.sqlite import SqliteBackend
 
 from tests.contract.store_feed import Feed
@@ -25,6 +27,8 @@ MakeBackend = Callable[[Path, Path, Storage], Backend]
 BACKENDS: dict[str, MakeBackend] = {
     "csv": lambda *place: FileBackend(CsvFormat(), *place),
     "raw": lambda *place: FileBackend(RawFormat(), *place),
+    "hdf5": lambda *place: FileBackend(Hdf5Format(), *place),
+    "root": lambda *place: FileBackend(RootFormat(), *place),
     "parquet": ParquetBackend,
     "sqlite": SqliteBackend,
 }

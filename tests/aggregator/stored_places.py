@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import h5py
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import uproot
 from edgedaq_aggregator.reading import Out, open_out
 from edgedaq_aggregator.stored import find_stored
 from edgedaq_aggregator.stores.mysql import DAQJobStoreMySQLConfig
@@ -33,8 +37,10 @@ class Place:
     """A directory with one store."""
 
     key = ""
-    servers: dict[str, MakeBackend] = {}  # noqa: RUF012
+    servers: Mapping[str, MakeBackend] = {}
     toml = ""
+    missing: ClassVar[list[Any]] = [None] * 11
+    """What a row comes back as of which everything is missing; of the columns of the test of types."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -124,6 +130,57 @@ class ParquetPlace(Place):
         raise AssertionError(row)
 
 
+class ContainerPlace(Place):
+    missing: ClassVar[list[Any]] = [
+        -(2**63), 2**64 - 1, math.nan, math.nan, None, None, "", b"",
+        [65535, 65535], [[-(2**31)] * 2] * 2, [],
+    ]  # fmt: skip
+
+    def rewrite(self, columns: dict[str, Any]) -> None:
+        """Make the file anew, of these columns."""
+        raise NotImplementedError
+
+    def columns(self) -> dict[str, Any]:
+        table = open_out(self.path).read()
+        return {name: table[name].to_numpy().copy() for name in table.column_names}
+
+    @property
+    def file(self) -> Path:
+        return self.root / "out" / NODE / "data"
+
+    def change(self, row):
+        columns = self.columns()
+        columns["value"][row] += 1
+        self.rewrite(columns)
+        return str(self.file), f"row {row}"
+
+    def remove(self, row):
+        columns = {name: np.delete(values, row) for name, values in self.columns().items()}
+        self.rewrite(columns)
+        left = len(columns["value"])
+        return str(self.file), f"row {min(row, left - 1)}"
+
+
+class RootPlace(ContainerPlace):
+    key = "root"
+
+    def rewrite(self, columns):
+        with uproot.recreate(self.file) as file:
+            tree = file.mktree("tree", {name: values.dtype for name, values in columns.items()})
+            tree.extend(columns)
+
+
+class Hdf5Place(ContainerPlace):
+    key = "hdf5"
+
+    def rewrite(self, columns):
+        rows = np.empty(len(columns["value"]), [(name, values.dtype) for name, values in columns.items()])
+        for name, values in columns.items():
+            rows[name] = values
+        with h5py.File(self.file, "w") as file:
+            file["data"] = rows
+
+
 class MySQLPlace(Place):
     key = "mysql"
 
@@ -157,7 +214,7 @@ class MySQLPlace(Place):
 
 class RedisPlace(Place):
     key = "redis"
-    options: dict[str, Any] = {}  # noqa: RUF012
+    options: Mapping[str, Any] = {}
 
     def __init__(self, root: Path, server: RedisServer) -> None:
         super().__init__(root)
@@ -231,8 +288,9 @@ class PackedPlace(RedisPlace):
 @contextmanager
 def made_places(kind: str, root: Path) -> Iterator[Place]:
     """Make a place of a kind, with a server of its own where it needs one."""
-    if kind in ("sqlite", "parquet"):
-        yield {"sqlite": SqlitePlace, "parquet": ParquetPlace}[kind](root)
+    files = {"sqlite": SqlitePlace, "parquet": ParquetPlace, "root": RootPlace, "hdf5": Hdf5Place}
+    if kind in files:
+        yield files[kind](root)
         return
     options = ("--appendonly", "yes", "--appendfsync", "always")
     server: MariaDB | RedisServer = MariaDB("--local-infile=1") if kind == "mysql" else RedisServer(*options)

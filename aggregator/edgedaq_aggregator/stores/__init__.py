@@ -17,10 +17,12 @@ STORES = {
 
 READERS = {
     "csv": "edgedaq_aggregator.stores.csv:make_reader",
+    "hdf5": "edgedaq_aggregator.stores.hdf5:make_reader",
     "mysql": "edgedaq_aggregator.stores.mysql:make_reader",
     "parquet": "edgedaq_aggregator.stores.parquet:make_reader",
     "raw": "edgedaq_aggregator.stores.raw:make_reader",
     "redis": "edgedaq_aggregator.stores.redis:make_reader",
+    "root": "edgedaq_aggregator.stores.root:make_reader",
     "sqlite": "edgedaq_aggregator.stores.sqlite:make_reader",
 }
 """Key in ``store_config`` → what makes a ``reader.StoreReader`` of such a store."""

@@ -54,7 +54,7 @@ class Group(NamedTuple):
 
     ``where``: what they lie in, for people; ``there``: how many there are, of those that the accounts of its
     streams speak of; ``read`` yields them from so many on; ``keeps`` says whether a value is stored as it is,
-    and not as missing.
+    and not as missing; ``is_filled``: what is missing is stored as a value.
     """
 
     streams: tuple[int, ...]
@@ -62,6 +62,7 @@ class Group(NamedTuple):
     there: int
     read: Callable[[int], Iterator[Placed]]
     keeps: Callable[[Any], bool] = lambda _: True
+    is_filled: bool = False
 
 
 class _Difference(NamedTuple):
@@ -244,7 +245,9 @@ class _Cursor:
                 where, place = self._last
                 return _Difference(at, where, f"behind {place}", "it is not there")
             count = part.table.num_rows
-            row = first_difference(part.table, batch.slice(at, count), self._group.keeps)
+            row = first_difference(
+                part.table, batch.slice(at, count), self._group.keeps, is_filled=self._group.is_filled
+            )
             if row is not None:
                 place = f"row {part.places[row[0]]}"
                 return _Difference(at + row[0], part.where, place, row[1])
@@ -263,7 +266,11 @@ class _Cursor:
 
 
 def first_difference(
-    table: pa.Table, batch: pa.RecordBatch, keeps: Callable[[Any], bool] = lambda _: True
+    table: pa.Table,
+    batch: pa.RecordBatch,
+    keeps: Callable[[Any], bool] = lambda _: True,
+    *,
+    is_filled: bool = False,
 ) -> tuple[int, str] | None:
     """Return the first row of a table that is not as in a batch of as many rows, and how it differs."""
     first: tuple[int, str] | None = None
@@ -276,7 +283,8 @@ def first_difference(
         for row, (found, value) in enumerate(pairs):
             if first is not None and row >= first[0]:
                 break
-            if not _same(found, value, keeps):
+            is_same = _same(found, value, keeps) or (is_filled and _is_filled(found, value))
+            if not is_same:
                 first = row, f"{name}: stored was {_shown(value)}, found is {_shown(found)}"
     return first
 
@@ -316,6 +324,18 @@ def _same(there: Any, value: Any, keeps: Callable[[Any], bool]) -> bool:
     if isinstance(there, int | float) and isinstance(value, int | float):
         return there == value
     return bool(there == value)
+
+
+def _is_filled(there: Any, value: Any) -> bool:
+    """Tell whether a value stands for what is missing, as ``row_columns.py`` says."""
+    if isinstance(value, list) and isinstance(there, list) and len(there) == len(value):
+        return all(_same(a, b, lambda _: True) or _is_filled(a, b) for a, b in zip(there, value, strict=True))
+    if value is None:
+        is_limit = isinstance(there, int) and (there + 1) & there == 0
+        is_least = isinstance(there, int) and there < 0 and -there & (-there - 1) == 0
+        is_nan = isinstance(there, float) and math.isnan(there)
+        return not there or is_limit or is_least or is_nan or isinstance(there, list)
+    return there is None and isinstance(value, int)
 
 
 def _number(text: str) -> float | None:

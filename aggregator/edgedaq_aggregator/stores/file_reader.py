@@ -49,6 +49,7 @@ class FileReader:
         key: Of the store.
         parse: Turns what was stored into a table again.
         locate: Where a file is that is not at its place yet.
+        has_only_marks: Other files are not looked at.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class FileReader:
         find: FindPlace,
         *,
         locate: Callable[[Path], Path] = lambda path: path,
+        has_only_marks: bool = False,
         storage: Storage | None = None,
     ) -> None:
         self._out_dir = place.out_dir
@@ -66,6 +68,7 @@ class FileReader:
         self._parse = parse
         self._find = find
         self._locate = locate
+        self._has_only_marks = has_only_marks
         storage = storage or OsStorage()
         self._state, damage = read_commits(place.state_dir, storage)
         ended = read_ranges(place.state_dir, storage, self._state.ranges)
@@ -91,6 +94,8 @@ class FileReader:
         if self._state.ranges and not self._has_all:
             found.notes.append(f"{self._key}: the oldest blocks are no longer recorded")
         for name in sorted({*self._generations, *self._state.files}):
+            if self._has_only_marks and not self._is_marks(name):
+                continue
             generations = self._generations.get(name, [])
             mark = self._state.files.get(name)
             if mark is not None and not (generations and generations[-1][-1].end == mark.end):

@@ -17,6 +17,7 @@ marked as being written (``hdf5_superblock.py``), so that it can be opened, copi
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,11 +35,12 @@ from edgedaq.store_config import DAQJobStoreConfigHDF5
 from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.base import DAQJobStore
 from edgedaq_aggregator.stores.container_file import ContainerFile
+from edgedaq_aggregator.stores.container_reader import ContainerReader
 from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
 from edgedaq_aggregator.stores.hdf5_superblock import SUPERBLOCK_BYTES, unmarked
 from edgedaq_aggregator.stores.held_file import HeldFile
 from edgedaq_aggregator.stores.put_away import put_files_away
-from edgedaq_aggregator.stores.reader import StorePlace
+from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
 from edgedaq_aggregator.stores.row_columns import Field, Ragged, RowDecoder, Rows, header_of
 
 __all__ = ["DAQJobStoreHDF5", "Hdf5Format"]
@@ -208,3 +210,64 @@ class DAQJobStoreHDF5(DAQJobStore):
     def put_away(cls, place: StorePlace) -> list[Path]:
         """See ``DAQJobStore``."""
         return put_files_away(place)
+
+
+def make_reader(place: StorePlace) -> StoreReader:
+    """Return what reads an HDF5 store back."""
+    return ContainerReader(place, Hdf5Format(), _Hdf5File)
+
+
+class _Hdf5File:
+    """See ``ReadableFile``."""
+
+    def __init__(self, path: Path, info: OpenInfo) -> None:
+        self._name = _convert(info.store_config.get("hdf5")).dataset_name
+        self._file = h5py.File(path, "r", locking=False)
+        try:
+            self._rows = self._file[self._name]
+            self.row_count = len(self._rows)
+            self._fields = _held_fields(self._rows)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def columns(self, fields: tuple[Field, ...], begin: int, end: int) -> dict[str, Any]:
+        """See ``ReadableFile``."""
+        rows = self._rows[max(begin - 1, 0) : end]
+        before, rows = (rows[0], rows[1:]) if begin else (None, rows)
+        apart = _flat_names(self._name, tuple(self._fields.values()))
+        found: dict[str, Any] = {}
+        for name in (field.name for field in fields if field.name in self._fields):
+            field = self._fields[name]
+            found[name] = rows[name]
+            if field.name in apart:
+                start = 0 if before is None else int(before[field.name])
+                ends = [int(end) for end in rows[field.name]]
+                flat = self._file[apart[field.name]][start : ends[-1] if ends else start]
+                parts = [flat[a - start : b - start] for a, b in itertools.pairwise([start, *ends])]
+                found[field.name] = [_whole(field, part) for part in parts]
+        return found
+
+    def close(self) -> None:
+        """See ``ReadableFile``."""
+        self._file.close()
+
+
+def _held_fields(rows: Any) -> dict[str, Field]:
+    """Return the columns that a dataset has; those that are apart may be text where numbers were before."""
+    kinds = json.loads(rows.attrs["kinds"]) if "kinds" in rows.attrs else {}
+    found = {}
+    for name in rows.dtype.names or ():
+        element = rows.dtype[name]
+        if name in kinds and element == np.dtype("<u8"):
+            found[name] = Field(name, kinds[name], is_ragged=kinds[name] not in ("utf8", "bytes"))
+        else:
+            found[name] = Field(name, f"{element.base.kind}{element.base.itemsize}", element.shape)
+    return found
+
+
+def _whole(field: Field, part: Any) -> Any:
+    """Return the value of a row whose elements were apart."""
+    if field.dtype == "utf8":
+        return part.tobytes().decode("utf-8", "replace")
+    return part.tobytes() if field.dtype == "bytes" else part.tolist()

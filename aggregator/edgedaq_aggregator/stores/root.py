@@ -40,10 +40,11 @@ from edgedaq.store_config import DAQJobStoreConfigROOT
 from edgedaq_aggregator.stores.backend import Backend
 from edgedaq_aggregator.stores.base import DAQJobStore
 from edgedaq_aggregator.stores.container_file import ContainerFile
+from edgedaq_aggregator.stores.container_reader import ContainerReader
 from edgedaq_aggregator.stores.file_backend import Encoder, FileBackend, FileOptions, Piece
 from edgedaq_aggregator.stores.held_file import HeldFile
 from edgedaq_aggregator.stores.put_away import put_files_away
-from edgedaq_aggregator.stores.reader import StorePlace
+from edgedaq_aggregator.stores.reader import StorePlace, StoreReader
 from edgedaq_aggregator.stores.row_columns import Field, Ragged, RowDecoder, Rows, header_of
 
 __all__ = ["DAQJobStoreROOT", "RootFormat"]
@@ -139,7 +140,7 @@ class _RootWriter:
         self._compression = compression
         self._tail_parts = tail_parts
         self._fields = fields
-        self._branches = _branch_names(fields)
+        self._branches = branch_names(fields)
         self._enough = min(max(BRANCH_BYTES * len(fields), 256 << 10), TAIL_BYTES_MAX)
         self._tail: list[Rows] = []
         self._fresh: list[Rows] = []
@@ -223,7 +224,7 @@ def _most_rows(rows: Rows) -> int:
     return min(max(EXTEND_BYTES_MAX * rows.count // max(rows.size_bytes, 1), 1), EXTEND_ROWS_MAX)
 
 
-def _branch_names(fields: tuple[Field, ...]) -> list[str]:
+def branch_names(fields: tuple[Field, ...]) -> list[str]:
     """Return a name in C++ for each column; a list ``x`` has ``nx`` too."""
     taken: set[str] = set()
     names = []
@@ -233,7 +234,7 @@ def _branch_names(fields: tuple[Field, ...]) -> list[str]:
         while {name, f"n{name}"} & taken:
             number += 1
             name = f"{plain}_{number}"
-        taken |= {name, f"n{name}"} if _has_counter(field) else {name}
+        taken |= {name, f"n{name}"} if has_counter(field) else {name}
         names.append(name)
     return names
 
@@ -243,14 +244,15 @@ def _name(text: str) -> str:
     return f"_{name}" if not name or name[0].isdigit() else name
 
 
-def _has_counter(field: Field) -> bool:
+def has_counter(field: Field) -> bool:
+    """Tell whether a branch has another one, of its lengths."""
     return field.is_ragged or field.dtype == "bytes"
 
 
 def _branch_type(field: Field) -> Any:
     if field.dtype == "utf8":
         return "string"
-    if _has_counter(field):
+    if has_counter(field):
         return ak.types.from_datashape(f"var * {field.element.name}", highlevel=False)
     return np.dtype((field.element, field.shape)) if field.shape else field.element
 
@@ -278,3 +280,35 @@ class DAQJobStoreROOT(DAQJobStore):
     def put_away(cls, place: StorePlace) -> list[Path]:
         """See ``DAQJobStore``."""
         return put_files_away(place)
+
+
+def make_reader(place: StorePlace) -> StoreReader:
+    """Return what reads a ROOT store back."""
+    return ContainerReader(place, RootFormat(), _RootFile)
+
+
+class _RootFile:
+    """See ``ReadableFile``."""
+
+    def __init__(self, path: Path, info: OpenInfo) -> None:
+        self._file = path.open("rb")  # given a name, uproot would leave threads behind
+        try:
+            self._tree = uproot.open(self._file)[_name(_convert(info.store_config.get("root")).tree_name)]
+            self.row_count = int(self._tree.num_entries)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def columns(self, fields: tuple[Field, ...], begin: int, end: int) -> dict[str, Any]:
+        """See ``ReadableFile``."""
+        found: dict[str, Any] = {}
+        for name, field in zip(branch_names(fields), fields, strict=True):
+            if name in self._tree:
+                values = self._tree[name].array(entry_start=begin, entry_stop=end)
+                is_apart = has_counter(field) or field.dtype == "utf8"
+                found[field.name] = ak.to_list(values) if is_apart else ak.to_numpy(values)
+        return found
+
+    def close(self) -> None:
+        """See ``ReadableFile``."""
+        self._file.close()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from edgedaq.schema import Schema
 
 from edgedaq_aggregator.stores.tables import TableDecoder, dumped
 
-__all__ = ["Field", "Ragged", "RowDecoder", "Rows", "header_of"]
+__all__ = ["Field", "Ragged", "RowDecoder", "Rows", "fields_of", "header_of"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -283,6 +283,13 @@ def _is_scalar(kind: Any) -> bool:
 def _is_fixed(kind: Any) -> bool:
     inner = kind.value_type
     return _is_fixed(inner) if pa.types.is_fixed_size_list(inner) else _is_scalar(inner)
+
+
+def fields_of(types: Mapping[str, Any]) -> tuple[Field, ...]:
+    """Return the columns that rows of these Arrow types have."""
+    names = _distinct(list(types))
+    arrays = [pa.array([], kind) for kind in types.values()]
+    return tuple(_column(name, array)[0] for name, array in zip(names, arrays, strict=True))
 
 
 def header_of(fields: Sequence[Field], where: str) -> bytes:
