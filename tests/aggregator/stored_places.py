@@ -37,6 +37,7 @@ class Place:
     """A directory with one store."""
 
     key = ""
+    server: Any = None
     servers: Mapping[str, MakeBackend] = {}
     toml = ""
     missing: ClassVar[list[Any]] = [None] * 11

@@ -12,6 +12,7 @@ import pytest
 from edgedaq.batch import arrow_body, arrow_schema_bytes
 from edgedaq.frame import Kind, pack_map
 from edgedaq.schema import Column, Schema
+from edgedaq_aggregator.cli import main
 
 from tests.aggregator.stored_places import Place, made_places
 from tests.contract.store_feed import NODE, T0_NS, Feed
@@ -225,3 +226,40 @@ def test_rows_that_the_journal_no_longer_has_are_counted_and_the_verdict_says_so
     assert report.counted_rows == (0 if place.key == "parquet" else 10)
     place.remove(3)
     assert place.verify().problems
+
+
+def test_a_value_changed_among_rows_of_several_streams_is_named(place):
+    feed = Feed()
+    feed.open(1, place.config())
+    feed.open(2, place.config(), job="job2")
+    for part in range(4):
+        feed.pairs(1, part * 10, 10)
+        feed.pairs(2, 1000 + part * 10, 10)
+    place.stored(feed)
+    report = place.verify()
+    assert report.is_proven and not report.counted_rows
+    where, number = place.change(25)
+    problem = place.verify().problems[0]
+    assert where in problem.where
+    if place.key != "parquet":  # of rows that take turns in a part only the part is known
+        assert number in problem.place, problem
+        assert "value: stored was" in problem.what
+
+
+@pytest.mark.parametrize("kind", ["mysql", "redis"])
+def test_a_store_that_cannot_be_asked_is_never_proven(kind, tmp_path, capsys):
+    with made_places(kind, tmp_path) as place:
+        feed = Feed()
+        feed.open(1, place.config())
+        feed.pairs(1, 0, 10)
+        place.stored(feed)
+        assert main(["verify", str(place.path)]) == 0
+        place.server.kill()
+        for options in ([], ["--moved-ok"]):
+            assert main(["verify", str(place.path), *options]) == 1
+            verdict = capsys.readouterr().out.splitlines()[-1]
+            assert verdict.startswith(f"verify: not refuted, but store_{kind} could not be asked")
+        assert main(["verify", str(place.root / "out")]) == 1
+        assert "give the directory of TOML files" in capsys.readouterr().out
+        place.server.start()
+        assert main(["verify", str(place.path)]) == 0

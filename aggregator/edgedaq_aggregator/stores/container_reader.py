@@ -1,9 +1,8 @@
 """Files with an index inside (ROOT, HDF5), read again by their libraries.
 
 Their bytes do not stay, so that no digest tells of them; values are compared with what the journal has, older
-rows are counted. Which rows are whose is told by nothing but their order: lives of a job that write to one
-file one after another are compared, streams that take turns, or whose rows lie in files by date or by
-columns, are counted only.
+rows are counted. Which rows are whose nothing tells, so that all of a file are compared at once
+(``joint.py``); rows that lie in several files, by date, size or columns, are counted only.
 
 A commit writes in the middle of a file. One that cannot be read while its store runs, or before a killed one
 has started again, is read a few times, then told of as what cannot be asked.
@@ -24,9 +23,10 @@ from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.open_info import OpenInfo
 from edgedaq.storage import OsStorage
 
+from edgedaq_aggregator.stores.alike import Group, Placed, info_of
 from edgedaq_aggregator.stores.column_types import column_types, typed
 from edgedaq_aggregator.stores.commits import CommitState, read_commits
-from edgedaq_aggregator.stores.compared import Group, Placed, accounts_of, compare, info_of
+from edgedaq_aggregator.stores.compared import accounts_of, compare
 from edgedaq_aggregator.stores.file_backend import FileFormat
 from edgedaq_aggregator.stores.file_reader import FileReader
 from edgedaq_aggregator.stores.reader import Checked, Part, Problem, Retained, StorePlace

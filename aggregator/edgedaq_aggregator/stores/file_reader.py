@@ -21,8 +21,9 @@ from edgedaq.frame import Frame
 from edgedaq.open_info import OpenInfo
 from edgedaq.storage import OsStorage, Storage
 
+from edgedaq_aggregator.stores.alike import info_of
 from edgedaq_aggregator.stores.commits import FileMark, read_commits
-from edgedaq_aggregator.stores.compared import accounts_of, info_of, sum_marks
+from edgedaq_aggregator.stores.compared import accounts_of, sum_marks
 from edgedaq_aggregator.stores.marks import marks_file
 from edgedaq_aggregator.stores.ranges import Block, BlockStreams, read_ranges
 from edgedaq_aggregator.stores.reader import Checked, Part, Problem, Retained, StorePlace

@@ -17,8 +17,9 @@ from edgedaq.delivery import StreamTable
 from edgedaq.errors import StoreError, WireError
 from edgedaq.open_info import OpenInfo
 
+from edgedaq_aggregator.stores.alike import Group, Placed, info_of
 from edgedaq_aggregator.stores.column_types import column_types, typed
-from edgedaq_aggregator.stores.compared import Group, Placed, accounts_of, compare, info_of, sum_marks
+from edgedaq_aggregator.stores.compared import accounts_of, compare, sum_marks
 from edgedaq_aggregator.stores.marks import MARKS_COLUMNS
 from edgedaq_aggregator.stores.mysql_session import DAQJobStoreMySQLConfig, Session
 from edgedaq_aggregator.stores.mysql_tables import committed_accounts, quoted, shape_of

@@ -13,7 +13,7 @@ from edgedaq.errors import StoreError, WireError
 from edgedaq.frame import Frame
 from edgedaq.open_info import OpenInfo
 
-from edgedaq_aggregator.stores.compared import first_difference, frame_of
+from edgedaq_aggregator.stores.alike import first_difference, frame_of
 from edgedaq_aggregator.stores.parquet_parts import hidden
 from edgedaq_aggregator.stores.ranges import Block
 from edgedaq_aggregator.stores.tables import TableDecoder

@@ -1,8 +1,7 @@
 """Streams of a Redis server, read again: entries by their key, which does not say whose they are.
 
-Lives of a job that write to one key do so one after another, so that its entries are compared with the
-journal in order; entries of streams that take turns are counted only. Packed entries say whose they are.
-Time series have samples, not rows: they are not asked.
+So all entries of a key are compared with the journal at once (``joint.py``). Packed entries say whose they
+are. Time series have samples, not rows: they are not asked.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from edgedaq.errors import ConfigError, StoreError, WireError
 from edgedaq.open_info import OpenInfo
 from edgedaq.store_config import DAQJobStoreConfigRedis
 
+from edgedaq_aggregator.stores.alike import Group, Placed, info_of
 from edgedaq_aggregator.stores.column_types import column_types, typed
-from edgedaq_aggregator.stores.compared import Group, Placed, accounts_of, compare, info_of, sum_marks
+from edgedaq_aggregator.stores.compared import accounts_of, compare, sum_marks
 from edgedaq_aggregator.stores.marks import MARKS_COLUMNS
 from edgedaq_aggregator.stores.reader import Checked, Part, Retained, StorePlace
 from edgedaq_aggregator.stores.redis_keys import accounts_in, marks_key, options_of, own_key, refuge_of

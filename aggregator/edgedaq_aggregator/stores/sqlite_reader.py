@@ -20,9 +20,10 @@ from edgedaq.errors import StoreError, WireError
 from edgedaq.open_info import OpenInfo
 from edgedaq.storage import OsStorage
 
+from edgedaq_aggregator.stores.alike import Group, Placed, info_of
 from edgedaq_aggregator.stores.column_types import column_types, typed
 from edgedaq_aggregator.stores.commits import FILES_MAX, read_commits
-from edgedaq_aggregator.stores.compared import Group, Placed, accounts_of, compare, info_of, sum_marks
+from edgedaq_aggregator.stores.compared import accounts_of, compare, sum_marks
 from edgedaq_aggregator.stores.marks import MARKS_COLUMNS
 from edgedaq_aggregator.stores.reader import Checked, Part, Problem, Retained, StorePlace
 from edgedaq_aggregator.stores.sqlite_database import BUSY_LIMIT_S, quoted, row_number
