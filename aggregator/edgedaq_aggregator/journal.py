@@ -183,7 +183,11 @@ class Journal:
 
     def would_fit(self, size_bytes: int) -> bool:
         """Tell whether frames of that many bytes can be appended now."""
-        return self._log.would_fit(size_bytes) or (self._make_room() and self._log.would_fit(size_bytes))
+        if self._log.would_fit(size_bytes):
+            return True
+        if self._log.is_behind(size_bytes):
+            return False  # it will fit soon, and no store has to give anything up for it
+        return self._make_room() and self._log.would_fit(size_bytes)
 
     def append(self, frames: Sequence[Frame]) -> int:
         """Write frames judged ``ACCEPT`` by ``table``; returns the end that ``durable`` has to reach.

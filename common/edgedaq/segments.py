@@ -155,18 +155,17 @@ class SegmentLog:
             return [(one.first, min(one.limit, self._end) - one.first) for one in self._segments]
 
     def would_fit(self, size_bytes: int) -> bool:
-        """Tell whether frames of that many bytes can be appended now.
-
-        False also while more than 64 MiB wait to become durable: go on once ``durable`` has moved.
-        """
-        if self._owed or self.unsynced_bytes + size_bytes > UNSYNCED_BYTES_MAX:
+        """Tell whether frames of that many bytes can be appended now."""
+        if self.is_behind(size_bytes):
             return False
         left = self._active.limit - self._end if self._active else 0
         need = size_bytes + 3 * size_bytes // 8 + 4 * SYNCED_RECORD_BYTES  # the smallest frame has 64
-        if need <= left:
-            return True
         room = max(self._segment_bytes // 2, self._segment_bytes - (1 << 20))
-        return self._pool.has_room(-(-(need - left) // room))
+        return need <= left or self._pool.has_room(-(-(need - left) // room))
+
+    def is_behind(self, size_bytes: int) -> bool:
+        """Tell whether so many bytes must wait until ``durable`` has moved: 64 MiB are not durable yet."""
+        return bool(self._owed) or self.unsynced_bytes + size_bytes > UNSYNCED_BYTES_MAX
 
     def append(self, frames: Sequence[Frame]) -> int:
         """Write frames behind the last record and apply them to ``table``; returns the new ``end``.

@@ -221,6 +221,22 @@ def test_at_its_limit_a_store_that_is_behind_another_gets_a_hole_and_the_others_
         assert found[0].table.streams[1].next_seq == found[1].frame.seq
 
 
+def test_while_more_must_only_become_durable_no_store_gives_anything_up(make, follow):
+    with make(stores=["csv", "dead"], limit_bytes=64 * SEGMENT_BYTES) as journal, follow("csv") as follower:
+        journal.append([open_of(1)])
+        with serving(journal):
+            _until(lambda: follower.read(10) or follower.position is not None)
+        for seq in range(1, 200):
+            end = journal.append([raw_of(1, seq, 500)])
+            _until(partial(_is_durable, journal, end))
+        follower.report(end)
+        with serving(journal):
+            _until(lambda: journal.stores["csv"] == end)
+        begin = journal.begin
+        assert not journal.would_fit(65 << 20)
+        assert (journal.begin, journal.left_behind) == (begin, {})
+
+
 def test_a_store_further_behind_than_its_own_limit_is_left_behind(make):
     with make(stores=["csv"], limit_bytes=64 * SEGMENT_BYTES, store_bytes=3 * SEGMENT_BYTES) as journal:
         journal.append([open_of(1)])
