@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -27,6 +28,15 @@ _SHARED = Path("/dev/shm")
 _MARK = "EDGEDAQ_TEST_OWNER"
 
 os.environ[_MARK] = str(os.getpid())  # processes inherit it, so that orphans can be told from strangers
+
+# Started in the background of a script, they would be ignored here and in all that tests start.
+for _number, _usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGQUIT, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, print_blob=True)

@@ -31,5 +31,9 @@ def test_what_is_missing_and_cannot_be_installed_is_said_with_the_command(tmp_pa
     told = subprocess.run(
         ["/usr/bin/sh", "-c", script], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True
     ).stderr
-    assert "tests of mariadb-server redis-server are skipped (in CI they fail)" in told
+    assert (
+        "tests of mariadb-server redis-server systemd systemd-container debootstrap iproute2 are skipped"
+        in told
+    )
+    assert "apt-get install" in told
     assert "apt-get install -y --no-install-recommends mariadb-server redis-server" in told

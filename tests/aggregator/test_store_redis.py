@@ -185,6 +185,7 @@ class TestStoreRedis(RedisContract, ServerContract):
         feed.open(1, self.config())
         expected = flat(feed.pairs(1, part * 100, 100) for part in range(100))
         stop = threading.Event()
+        self.database(tmp_path)  # chosen before two ask for it at once
 
         def trim() -> None:
             with self.client(tmp_path) as client:

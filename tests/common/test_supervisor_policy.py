@@ -83,7 +83,7 @@ def test_an_absent_device_is_treated_as_its_file_says_and_nobody_waits_for_it(st
 
 
 def test_a_hang_that_a_reset_of_the_device_ends_costs_no_restart(start, tmp_path):
-    run = start(a='Wedged\nhang_limit = "1 s"')
+    run = start(a='Wedged\nhang_limit = "4 s"')
     run.wait(lambda _: notes(tmp_path))
     jobs = run.wait(lambda jobs: jobs["a"]["reason"] == "" and jobs["a"]["state"] == "RUNNING" and jobs)
     assert jobs["a"]["restart_count"] == 0
