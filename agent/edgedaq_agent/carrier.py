@@ -265,9 +265,8 @@ class Carrier:
         found = [
             lane
             for lane in self._lanes
-            if lane.lane.has_unsent
-            and (has_room or in_flight[lane.number] < share_bytes * lane.weight)
-            and lane.lane.next_part(self._credit[lane.number]) is not None
+            if (has_room or in_flight[lane.number] < share_bytes * lane.weight)
+            and lane.lane.may_send(self._credit[lane.number])
         ]
         return sorted(found, key=lambda lane: self._turns[lane.number])
 
@@ -277,6 +276,7 @@ class Carrier:
                 return
             if not any(self._send_part(lane, now_ns) for lane in self._ready(now_ns)):
                 break
+        self._note_sent()
         if self._session.is_up and self._node_report is not None:
             report, self._node_report = self._node_report, None
             self._session.send(Report(report=report))
@@ -299,7 +299,6 @@ class Carrier:
         turn = max(self._turns[lane.number], min(others, default=0.0))
         self._turns[lane.number] = turn + len(part.data) / lane.weight
         self._window.sent(lane.number, lane.lane.sent, now_ns)
-        self._note_sent()
         return True
 
     def _tell_lives(self, now_ns: int) -> None:

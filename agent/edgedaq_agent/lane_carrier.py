@@ -314,16 +314,13 @@ class LaneCarrier:
             "oldest_unacknowledged_s": 0.0 if oldest_ns is None else max(now_ns - oldest_ns, 0) / 1e9,
         }
 
-    def find_open(self, stream: int) -> bytes | None:
+    def _find_open(self, stream: int) -> bytes | None:
         """Return the OPEN frame of a stream that a ring or the spool of this lane has."""
         for ring in self.inlet.rings.values():
             raw = ring.open_frame(stream)
             if raw is not None:
                 return raw
         return None if self._spool is None else self._spool.find_open(stream)
-
-    def _find_open(self, stream: int) -> bytes | None:
-        return self.find_open(stream)
 
     def _drop_if_crowded(self) -> None:
         """Drop the oldest in memory while a ring, or the lane, is short of room, if the policy says so."""

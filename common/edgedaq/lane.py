@@ -106,6 +106,12 @@ class Lane:
         """There is something that this session has not sent."""
         return self.is_in_spool or bool(self._waiting)
 
+    def may_send(self, credit: int) -> bool:
+        """Tell whether ``next_part`` has something for this credit."""
+        room = credit - self.sent
+        first = len(self._waiting[0].frames) if self._waiting else room + 1
+        return room > 0 and (self.is_in_spool or first <= room)
+
     @property
     def in_flight_bytes(self) -> int:
         """Sent in this session and not acknowledged."""

@@ -59,16 +59,8 @@ _EXTEND_S = 15.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def _ignore_report(_: Supervisor, __: NodeReport) -> None:
-    """Take a report and do nothing with it."""
-
-
-def _ignore_message(_: str, __: dict[str, Any]) -> None:
-    """Take a worker's message and do nothing with it."""
-
-
-def _do_nothing() -> None:
-    """Do nothing at the end."""
+def _ignore(*_: object) -> None:
+    """Do nothing where a setup has nothing to be called."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +86,9 @@ class SupervisorSetup:
     version: str
     runtime_dir: Path
     plans: Sequence[WorkerPlan]
-    on_report: Callable[[Supervisor, NodeReport], None] = _ignore_report
-    on_message: Callable[[str, dict[str, Any]], None] = _ignore_message
-    on_end: Callable[[], None] = _do_nothing
+    on_report: Callable[[Supervisor, NodeReport], None] = _ignore
+    on_message: Callable[[str, dict[str, Any]], None] = _ignore
+    on_end: Callable[[], None] = _ignore
     facts: Callable[[], Mapping[str, Any]] = field(default=dict)
     lifeline_fd: int | None = None
     reload: Callable[[], Sequence[WorkerPlan]] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 
 import pytest
 from edgedaq.frame import Kind, unpack_map
@@ -42,8 +41,8 @@ def test_a_stream_that_lost_its_ring_in_a_power_cut_is_closed_with_the_bound_of_
 
 def test_streams_of_jobs_that_live_or_have_a_ring_to_be_read_stay_open(hop):
     intake, uplink = hop.intake(), hop.uplink(lives_after=0.2)
-    job = hop.job(count=300, rate_hz=200)
-    time.sleep(1.0)
+    job = hop.job(count=300, rate_hz=75)
+    wait_for(lambda: intake.extra["nodes"]["n1"]["in_rows"] > 100)  # LIVES was told some times by then
     uplink.kill()
     assert job.wait(20) == 0
     assert rings_of(hop)

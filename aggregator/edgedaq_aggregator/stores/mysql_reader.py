@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from edgedaq.clock import iso_utc
 from edgedaq.delivery import StreamTable
-from edgedaq.errors import StoreError, WireError
+from edgedaq.errors import WireError
 from edgedaq.open_info import OpenInfo
 
 from edgedaq_aggregator.stores.alike import Group, Placed, info_of
@@ -25,6 +25,7 @@ from edgedaq_aggregator.stores.mysql_session import DAQJobStoreMySQLConfig, Sess
 from edgedaq_aggregator.stores.mysql_tables import committed_accounts, quoted, shape_of
 from edgedaq_aggregator.stores.reader import Checked, Part, Retained, StorePlace
 from edgedaq_aggregator.stores.server_backend import known_store_id
+from edgedaq_aggregator.stores.server_config import config_of
 from edgedaq_aggregator.stores.watermarks import table_of
 
 __all__ = ["MySQLReader"]
@@ -54,10 +55,7 @@ class MySQLReader:
     """
 
     def __init__(self, place: StorePlace) -> None:
-        if not isinstance(place.config, DAQJobStoreMySQLConfig):
-            message = "only its TOML says where the server is: give the directory of TOML files"
-            raise StoreError(message)
-        self._config = place.config
+        self._config = config_of(place, DAQJobStoreMySQLConfig)
         self._id = known_store_id(place.state_dir)
         self.position: int | None = None
         self.table = StreamTable()

@@ -24,6 +24,7 @@ from edgedaq_aggregator.stores.reader import Checked, Part, Retained, StorePlace
 from edgedaq_aggregator.stores.redis_keys import accounts_in, marks_key, options_of, own_key, refuge_of
 from edgedaq_aggregator.stores.redis_session import DAQJobStoreRedisConfig, Session
 from edgedaq_aggregator.stores.server_backend import known_store_id
+from edgedaq_aggregator.stores.server_config import config_of
 from edgedaq_aggregator.stores.watermarks import table_of
 
 __all__ = ["RedisReader"]
@@ -66,10 +67,7 @@ class RedisReader:
     """
 
     def __init__(self, place: StorePlace) -> None:
-        if not isinstance(place.config, DAQJobStoreRedisConfig):
-            message = "only its TOML says where the server is: give the directory of TOML files"
-            raise StoreError(message)
-        self._config = place.config
+        self._config = config_of(place, DAQJobStoreRedisConfig)
         self._id = known_store_id(place.state_dir)
         self.position: int | None = None
         self.table = StreamTable()

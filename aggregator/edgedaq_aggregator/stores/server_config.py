@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from edgedaq.config import DAQJobConfig, Seconds
-from edgedaq.errors import ConfigError
+from edgedaq.errors import ConfigError, StoreError
 
-__all__ = ["ServerStoreConfig", "read_password"]
+from edgedaq_aggregator.stores.reader import StorePlace
+
+__all__ = ["ServerStoreConfig", "config_of", "read_password"]
 
 _CREDENTIALS = "CREDENTIALS_DIRECTORY"
 
@@ -55,6 +57,21 @@ class ServerStoreConfig(DAQJobConfig, kw_only=True, forbid_unknown_fields=True):
         if self.unix_socket:
             return self.unix_socket
         return f"{self.host}:{self.port}" if self.port else self.host
+
+
+C = TypeVar("C", bound=ServerStoreConfig)
+
+
+def config_of(place: StorePlace, config_type: type[C]) -> C:
+    """Return the TOML of a store whose data is to be read.
+
+    Raises:
+        StoreError: Nobody has given it.
+    """
+    if not isinstance(place.config, config_type):
+        message = "only its TOML says where the server is: give the directory of TOML files"
+        raise StoreError(message)
+    return place.config
 
 
 def read_password(config: ServerStoreConfig) -> str:
